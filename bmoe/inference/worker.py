@@ -1,0 +1,168 @@
+"""The child process that runs ONNX experts: `python -m bmoe.inference.worker`, started by the runner alone.
+
+Standard input is a stream socket to the runner (framing.py); standard output and error are its log. One request at a
+time. It may be killed at any moment and holds nothing worth keeping. Once its imports are done it gives itself a limit
+of memory: a tensor too large is then a failed allocation here, not a machine out of memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+import socket
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from io import BufferedRWPair
+
+import numpy as np
+
+from bmoe.inference import framing, sessions
+from bmoe.protocol.errors import BmoeError, InferenceError
+
+PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
+MAX_LOG_BYTES = 1 << 20
+MAX_MESSAGE_CHARS = 500
+ALIGNMENT = 64
+Reply = tuple[int, list[bytes]]
+
+
+class Cache:
+    """The loaded experts by digest, the longest unused one first."""
+
+    def __init__(self, max_sessions: int, max_bytes: int) -> None:
+        self.experts: OrderedDict[bytes, sessions.Expert] = OrderedDict()
+        self.max_sessions = max_sessions
+        self.max_bytes = max_bytes
+
+    def answer(self, kind: int, parts: Sequence[np.ndarray]) -> Reply:
+        """Carry out one request."""
+        digest = parts[0].tobytes()
+        if kind == framing.LOAD:
+            self.load(digest, os.fsdecode(parts[1].tobytes()))
+            return framing.LOADED, []
+        if digest not in self.experts:
+            return framing.ABSENT, []
+        self.experts.move_to_end(digest)
+        return framing.DONE, sessions.run_expert(self.experts[digest], parts[1:])
+
+    def load(self, digest: bytes, path: str) -> None:
+        if digest in self.experts:
+            return
+        while len(self.experts) >= self.max_sessions:
+            self.experts.popitem(last=False)
+        self.experts[digest] = sessions.open_expert(sessions.read_model(path, digest, self.max_bytes))
+
+    def drop_all_but(self, digest: bytes) -> bool:
+        """Give back the memory of the other experts; whether there were any."""
+        others = [known for known in self.experts if known != digest]
+        for other in others:
+            del self.experts[other]
+        return bool(others)
+
+
+def reply_to(cache: Cache, kind: int, parts: Sequence[np.ndarray]) -> Reply:
+    """The reply to one request, errors included."""
+    try:
+        try:
+            return cache.answer(kind, parts)
+        except MemoryError:
+            # Whether a task fits must not depend on which other experts were used before it.
+            if not cache.drop_all_but(parts[0].tobytes()):
+                raise
+        return cache.answer(kind, parts)
+    except MemoryError:
+        cache.experts.clear()
+        text = f"the expert needs more memory than the {cache.max_bytes >> 20} MB it may use"
+        return error_reply(InferenceError(text))
+    except BmoeError as error:
+        return error_reply(error)
+
+
+def error_reply(error: BmoeError) -> Reply:
+    kind = next(kind for kind, known in framing.ERRORS.items() if isinstance(error, known))
+    text = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
+    return kind, [text.encode(errors="backslashreplace")]
+
+
+def aligned(size: int) -> np.ndarray:
+    """`size` bytes at a fixed alignment: vector code sums in another order where the alignment differs."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.__array_interface__["data"][0] % ALIGNMENT
+    return raw[start : start + size]
+
+
+def read_request(stream: BufferedRWPair) -> tuple[int, list[np.ndarray]] | None:
+    """One frame, or None once the runner is gone."""
+    head = stream.read(framing.HEAD.size)
+    if len(head) < framing.HEAD.size:
+        return None
+    kind, count = framing.HEAD.unpack(head)
+    parts = [aligned(size) for size in framing.part_sizes(stream.read(8 * count), sys.maxsize)]
+    for part in parts:
+        if stream.readinto(part.data) < part.size:
+            return None
+    return kind, parts
+
+
+def serve(stream: BufferedRWPair, cache: Cache) -> None:
+    """Answer requests until the runner closes its end."""
+    send(stream, framing.READY, [sessions.onnxruntime.__version__.encode()])
+    while (request := read_request(stream)) is not None:
+        send(stream, *reply_to(cache, *request))
+        del request  # waiting for the next one, hold nothing of this
+
+
+def send(stream: BufferedRWPair, kind: int, parts: Sequence[bytes]) -> None:
+    stream.writelines(framing.encode(kind, parts))
+    stream.flush()
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the thread that started us ends, however it ends; exit if it has already."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(framing.EXIT_ORPHAN)
+
+
+def limit_resources(max_bytes: int) -> None:
+    """Bound what the experts may add to the memory in use now. RLIMIT_AS would count code mapped but never touched."""
+    with open("/proc/self/status") as status:
+        used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
+    for what, limit in (
+        (resource.RLIMIT_DATA, used + max_bytes),
+        (resource.RLIMIT_FSIZE, MAX_LOG_BYTES),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        hard = resource.getrlimit(what)[1]
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(what, (limit, limit))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("500")  # if the machine does run out, this process is the one to lose
+
+
+def main() -> None:
+    parent, memory_mb, max_sessions, nice = map(int, sys.argv[1:])
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the runner decides
+        signal.signal(ignored, signal.SIG_IGN)
+    die_with_parent(parent)
+    os.nice(nice)
+    limit_resources(memory_mb << 20)
+    stream = socket.socket(fileno=0).makefile("rwb", 1 << 16)
+    assert isinstance(stream, BufferedRWPair)
+    try:
+        serve(stream, Cache(max_sessions, memory_mb << 20))
+    except MemoryError:  # outside of a task: the request alone was too large, and is half read
+        os._exit(framing.EXIT_MEMORY)
+    except OSError:
+        pass  # the runner is gone
+    os._exit(0)  # nothing here needs the interpreter's slow farewell
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""An author of frames: chains them, numbers them, and appends them one at a time, durably.
+
+Entries that come while a frame is under way wait and go together in the next one, so the cost of a disk sync is
+shared by all who wait: batching needs no timer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from bmoe.ledger.rules.entries import Entry
+from bmoe.ledger.rules.frames import NO_FRAME, build_frame, parse_frame
+from bmoe.ledger.stream import LedgerStream, message_id
+from bmoe.protocol.errors import BmoeError, LedgerError, UnavailableError
+from bmoe.protocol.keys import Signer
+
+FRAME_ENTRIES = 256
+FRAME_BYTES = 1024 * 1024
+WAITING_MAX = 20_000
+E = TypeVar("E", bound=Entry)
+
+
+@dataclass
+class _Waiting:
+    """One group of entries that must stand in one frame, and who awaits it."""
+
+    kinds: Sequence[tuple[type[Entry], dict[str, Any]]]
+    attachments: Sequence[bytes]
+    done: asyncio.Future[int]
+    size: int = field(default=0)
+
+
+class FrameAuthor:
+    """Appends entries in the name of one member. One instance a key: two would fork its chain."""
+
+    def __init__(
+        self,
+        stream: LedgerStream,
+        signer: Signer,
+        name: str,
+        ledger: bytes,
+        epoch: int,
+        clock: Callable[[], int] | None = None,
+    ) -> None:
+        self.name, self.ledger, self.epoch = name, ledger, epoch
+        self._stream, self._signer = stream, signer
+        self._clock = clock or (lambda: time.time_ns() // 1_000_000)
+        self._seq, self._previous, self._position = 0, NO_FRAME, 0
+        self._waiting: deque[_Waiting] = deque()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Find where our chain stands on the ledger, and begin to append."""
+        last = await self._stream.last_of(self.name)
+        if last is not None:
+            frame = parse_frame(last.data)
+            self._seq, self._previous, self._position = frame.header.seq, frame.digest, last.position
+        self._task = asyncio.create_task(self._run(), name=f"author-{self.name}")
+
+    async def stop(self) -> None:
+        """Stop appending; entries still waiting fail with UnavailableError."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        while self._waiting:
+            _fail(self._waiting.popleft(), UnavailableError(f"{self.name} stopped before the entry was appended"))
+
+    def submit(
+        self, kinds: Sequence[tuple[type[Entry], dict[str, Any]]], attachments: Sequence[bytes] = ()
+    ) -> asyncio.Future[int]:
+        """Queue entries (type and own fields) that stand together; the future gives the stream position, once durable."""
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(kinds, attachments, done, 512 * len(kinds) + sum(len(a) for a in attachments))
+        if len(self._waiting) >= WAITING_MAX:
+            _fail(waiting, UnavailableError(f"{WAITING_MAX} entries wait for the ledger engine already"))
+            return done
+        self._waiting.append(waiting)
+        self._wake.set()
+        return done
+
+    async def enter(self, *kinds: tuple[type[Entry], dict[str, Any]], attachments: Sequence[bytes] = ()) -> int:
+        """Append entries and return their stream position once the engine has them on disk."""
+        return await self.submit(kinds, attachments)
+
+    async def _run(self) -> None:
+        while True:
+            await self._wake.wait()
+            self._wake.clear()
+            while self._waiting:
+                group = self._take()
+                try:
+                    position = await self._append(group)
+                except asyncio.CancelledError:
+                    for waiting in group:
+                        _fail(waiting, UnavailableError(f"{self.name} stopped while the entry was being appended"))
+                    raise
+                except BmoeError as error:
+                    for waiting in group:
+                        _fail(waiting, error)
+                    continue
+                for waiting in group:
+                    if not waiting.done.done():
+                        waiting.done.set_result(position)
+
+    def _take(self) -> list[_Waiting]:
+        group = [self._waiting.popleft()]
+        entries, size = len(group[0].kinds), group[0].size
+        while self._waiting:
+            following = self._waiting[0]
+            entries, size = entries + len(following.kinds), size + following.size
+            if entries > FRAME_ENTRIES or size > FRAME_BYTES:
+                break
+            group.append(self._waiting.popleft())
+        return group
+
+    async def _append(self, group: Sequence[_Waiting]) -> int:
+        time_ms = self._clock()
+        common = {"ledger": self.ledger, "epoch": self.epoch, "author": self.name, "seq": self._seq + 1}
+        entries = [kind(**common, time_ms=time_ms, **fields).to_bytes() for w in group for kind, fields in w.kinds]
+        frame, digest = build_frame(
+            self._signer,
+            **common,
+            previous=self._previous,
+            time_ms=time_ms,
+            entries=entries,
+            attachments=[a for w in group for a in w.attachments],
+        )
+        position = await self._append_surely(frame, digest)
+        self._seq, self._previous, self._position = self._seq + 1, digest, position
+        return position
+
+    async def _append_surely(self, frame: bytes, digest: bytes) -> int:
+        """Repeat until acknowledged: an unacknowledged frame may be on disk, so it is never dropped or replaced."""
+        while True:
+            try:
+                return await self._stream.append(self.name, frame, message_id(digest), self._position)
+            except UnavailableError:
+                await asyncio.sleep(0.1)
+            except LedgerError:
+                last = await self._found(digest)
+                if last is None:
+                    raise
+                return last
+
+    async def _found(self, digest: bytes) -> int | None:
+        """Whether the frame in doubt is our last one: it was appended and its acknowledgement lost."""
+        try:
+            last = await self._stream.last_of(self.name)
+        except UnavailableError:
+            return None
+        if last is not None and parse_frame(last.data).digest == digest:
+            return last.position
+        return None
+
+
+def _fail(waiting: _Waiting, error: Exception) -> None:
+    if not waiting.done.done():
+        waiting.done.set_exception(error)
+        waiting.done.exception()

@@ -1,0 +1,96 @@
+"""A follower: folds the stream into a State and tells its events. What coordinator, registrar and validator share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from bmoe.ledger.rules.frames import parse_frame
+from bmoe.ledger.rules.state import Applied, State, apply_message
+from bmoe.ledger.stream import LedgerStream, StreamMessage
+from bmoe.protocol.errors import BmoeError
+
+Fetch = Callable[[bytes], Awaitable[bytes]]
+OnApplied = Callable[[StreamMessage, Applied], None]
+
+
+class Follower:
+    """Keeps `state` up with the stream. `position` is that of the last message folded."""
+
+    def __init__(
+        self,
+        stream: LedgerStream,
+        state: State,
+        *,
+        recompute: bool,
+        fetch: Fetch | None = None,
+        on_applied: OnApplied | None = None,
+        position: int = 0,
+    ) -> None:
+        self.state, self.position = state, position
+        self._stream, self._recompute, self._fetch = stream, recompute, fetch
+        self._on_applied = on_applied
+        self._moved = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> asyncio.Task[None]:
+        """Follow in the background; the task ends only with an error, such as LedgerForkError."""
+        self._task = asyncio.create_task(self._run(), name="ledger-follower")
+        return self._task
+
+    async def stop(self) -> None:
+        """Stop following."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    async def reached(self, position: int, timeout_s: float | None = None) -> None:
+        """Wait until the message at `position` is folded; raises the follower's own error if it has died."""
+
+        async def wait() -> None:
+            async with self._moved:
+                await self._moved.wait_for(lambda: self.position >= position or self._dead())
+
+        await asyncio.wait_for(wait(), timeout_s)
+        if self.position < position and self._task is not None:
+            self._task.result()
+
+    async def changed(self, predicate: Callable[[], bool], timeout_s: float | None = None) -> None:
+        """Wait until `predicate` holds; it is asked after every message."""
+
+        async def wait() -> None:
+            async with self._moved:
+                await self._moved.wait_for(lambda: predicate() or self._dead())
+
+        await asyncio.wait_for(wait(), timeout_s)
+
+    async def catch_up(self) -> None:
+        """Fold everything that the stream holds now."""
+        await self.reached(await self._stream.height())
+
+    def _dead(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    async def _run(self) -> None:
+        try:
+            async for message in self._stream.follow(self.position):
+                applied = await self._fold(message)
+                self.position = message.position
+                if self._on_applied is not None:
+                    self._on_applied(message, applied)
+                async with self._moved:
+                    self._moved.notify_all()
+        finally:
+            async with self._moved:
+                self._moved.notify_all()
+
+    async def _fold(self, message: StreamMessage) -> Applied:
+        fetched: dict[bytes, bytes] = {}
+        if self._recompute and self._fetch is not None:
+            try:
+                missing = parse_frame(message.data).missing
+            except BmoeError:
+                missing = ()
+            for digest in missing:
+                fetched[digest] = await self._fetch(digest)
+        return apply_message(self.state, message.data, fetched, self._recompute)

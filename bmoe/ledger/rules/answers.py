@@ -1,0 +1,109 @@
+"""The rule for answers: the combination is recomputed from the verdicts' accepted values."""
+
+from __future__ import annotations
+
+from bmoe.ledger.rules.combine import combine, unpack_choices
+from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
+from bmoe.ledger.rules.entries import Answer
+from bmoe.ledger.rules.state import Context, Event, FalseEntryError, State
+from bmoe.protocol.encoding import read_bstrs
+from bmoe.protocol.errors import InputError, MessageError, RefusedError
+from bmoe.protocol.messages import MAX_TENSORS, ModelRelease, Release, tensor_specs, tensors_from
+from bmoe.protocol.tensors import Tensor
+
+
+def answer(state: State, context: Context, entry: Answer) -> list[Event]:
+    """Enter an answer whose verdicts all stand and whose value they give."""
+    if state.role_of(entry.author) != "coordinator":
+        raise RefusedError(f"only a coordinator may enter this, not {entry.author}")
+    if context.recompute:
+        try:
+            check_answer(state, context.attachments, entry)
+        except InputError as error:
+            raise FalseEntryError(f"answer to {entry.request.hex()}: {error}") from error
+    return [Event("answer", {"entry": entry, "index": state.size})]
+
+
+def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -> None:
+    """Recompute an answer; raises InputError saying what does not follow from the verdicts."""
+    model = state.models.get(entry.model)
+    if model is None or entry.version != model.version or entry.gate != model.gate:
+        raise MessageError(f"model {entry.model} version {entry.version} with this gate is not released")
+    if len(entry.openings) != len(entry.tasks) or len(set(entry.tasks)) != len(entry.tasks):
+        raise MessageError("an answer names each task once, with its opening")
+    choices = unpack_choices(entry.rows, entry.top_k, entry.experts, entry.weights, entry.task_index, entry.task_rows)
+    releases = [
+        _release_of(state, entry, task, digest) for task, digest in zip(entry.tasks, entry.openings, strict=True)
+    ]
+    check_experts(model, entry, choices.experts.tolist(), choices.task_index.tolist(), releases)
+    outputs = [
+        accepted_tensors(attachments, digest, release, _rows(state, task))
+        for task, digest, release in zip(entry.tasks, entry.openings, releases, strict=True)
+    ]
+    result = combine(model.combine, choices, outputs, releases[0].batch)
+    check_result(attachments, entry, result)
+
+
+def check_experts(
+    model: ModelRelease, entry: Answer, experts: list[list[int]], tasks: list[list[int]], releases: list[Release]
+) -> None:
+    """Each choice's task must have been executed by the expert that the choice names; a row never names one twice."""
+    for row_experts, row_tasks in zip(experts, tasks, strict=True):
+        if len(set(row_experts)) != len(row_experts):
+            raise MessageError("a row names an expert twice")
+        for index, task in zip(row_experts, row_tasks, strict=True):
+            if index >= len(model.experts) or task >= len(releases) or releases[task].digest != model.experts[index]:
+                raise MessageError("a choice's task was not executed by the expert it names")
+
+
+def accepted_tensors(attachments: dict[bytes, bytes], digest: bytes, release: Release, rows: int) -> tuple[Tensor, ...]:
+    """A verdict's accepted value, from the attachment whose digest the verdict fixed."""
+    if digest not in attachments:
+        raise MessageError(f"the opening {digest.hex()[:16]} is not attached")
+    parts = read_bstrs(attachments[digest], 0, MAX_TENSORS + 1)[1:]
+    return tensors_from([_spec(o, release, rows, part) for o, part in zip(release.outputs, parts, strict=False)], parts)
+
+
+def _spec(
+    output: tuple[str, str, tuple[int, ...], bytes], release: Release, rows: int, part: bytes
+) -> tuple[str, str, tuple[int, ...]]:
+    """An accepted value fitted its release when it was accepted, so at most one free dim is left to work out here."""
+    from bmoe.protocol.tensors import ITEM_BYTES
+
+    dims = list(output[2])
+    if release.batch and dims:
+        dims[0] = rows
+    free = [i for i, d in enumerate(dims) if d == 0]
+    if len(free) == 1:
+        known = 1
+        for d in dims:
+            known *= d or 1
+        dims[free[0]] = len(part) // (known * ITEM_BYTES[output[1]])
+    return output[0], output[1], tuple(dims)
+
+
+def check_result(attachments: dict[bytes, bytes], entry: Answer, result: tuple[Tensor, ...]) -> None:
+    """The result committed to must be the combination, byte for byte."""
+    opening = attachments.get(entry.result_opening)
+    if opening is None:
+        raise MessageError("the result's opening is not attached")
+    parts = read_bstrs(opening, 0, MAX_TENSORS + 1)
+    if not parts or len(parts[0]) != SALT_BYTES:
+        raise MessageError("the result's opening has no salt")
+    if tensor_specs(result) != entry.outputs or tuple(t.data for t in result) != parts[1:]:
+        raise MessageError("the result is not the combination of the verdicts' values")
+    if commit_rows("", parts[0], result, entry.rows) != entry.result_root:
+        raise MessageError("the result is not what the entry commits to")
+
+
+def _release_of(state: State, entry: Answer, task: bytes, digest: bytes) -> Release:
+    closed = state.closed.get(task)
+    if closed is None or closed.outcome != "accepted":
+        raise MessageError(f"task {task.hex()} has no accepting verdict")
+    if closed.opening != digest:
+        raise MessageError(f"task {task.hex()} accepted another value")
+    return state.releases[closed.binding.expert]
+
+
+def _rows(state: State, task: bytes) -> int:
+    return state.closed[task].binding.rows

@@ -1,0 +1,37 @@
+"""Commitments to tensors: a salted Merkle root over rows, so that one row can be opened without the others.
+
+A row's leaf is row_salt || author || 0x00 || row bytes, hashed as RFC 6962 has it. The salt keeps a small tensor from
+being guessed out of its digest; the author keeps one agent's digest useless to another (a copycat cannot open it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bmoe.ledger.rules.merkle import merkle_root
+from bmoe.protocol.errors import MessageError
+from bmoe.protocol.tensors import Tensor, row_bytes, row_salt
+
+SALT_BYTES = 16
+
+
+def row_leaf(author: str, salt: bytes, tensors: Sequence[Tensor], index: int, rows: int) -> bytes:
+    """The leaf of row `index`, which merkle_root hashes. A batch of one holds whole tensors, batch axis or not."""
+    if rows == 1:
+        content = b"".join(len(t.data).to_bytes(4, "big") + t.data for t in tensors)
+    else:
+        content = row_bytes(tensors, index)
+    return row_salt(salt, index) + author.encode() + b"\x00" + content
+
+
+def commit_rows(author: str, salt: bytes, tensors: Sequence[Tensor], rows: int) -> bytes:
+    """The 32-byte commitment of `author` to `rows` rows; raises MessageError when axis 0 does not fit."""
+    if len(salt) != SALT_BYTES:
+        raise MessageError(f"a salt has {SALT_BYTES} bytes, got {len(salt)}")
+    if rows < 1:
+        raise MessageError(f"a batch has at least one row, got {rows}")
+    if rows > 1:
+        for tensor in tensors:
+            if not tensor.dims or tensor.dims[0] != rows:
+                raise MessageError(f"tensor {tensor.name!r} {list(tensor.dims)} does not have {rows} rows on axis 0")
+    return merkle_root([row_leaf(author, salt, tensors, i, rows) for i in range(rows)])

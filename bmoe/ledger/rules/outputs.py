@@ -1,0 +1,86 @@
+"""Signed outputs as evidence: parsed, bound to their task, opened against their commitment, made comparable."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
+from bmoe.ledger.rules.voting import Candidate, Tolerance, is_finite
+from bmoe.protocol.encoding import bstr, read_bstrs
+from bmoe.protocol.errors import InputError, MessageError
+from bmoe.protocol.messages import MAX_TENSORS, Output, Release, Sealed, open_message, tensors_from
+from bmoe.protocol.tensors import Tensor
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an output must be bound to: one task, one expert version, one input."""
+
+    task: bytes
+    expert: bytes
+    input_root: bytes
+    rows: int
+
+
+def parse_output(envelope: bytes, binding: Binding) -> Sealed[Output]:
+    """A signed output for this very task; raises InputError naming the field that differs. Not yet verified."""
+    sealed = open_message(Output, envelope)
+    header = sealed.header
+    for field in ("task", "expert", "input_root", "rows"):
+        expected, found = getattr(binding, field), getattr(header, field)
+        if expected != found:
+            raise MessageError(f"output by {header.author}: {field} is {_show(found)}, the task's is {_show(expected)}")
+    return sealed
+
+
+def opening_of(salt: bytes, tensors: Sequence[Tensor]) -> bytes:
+    """The attachment that opens a commitment: the salt, then each tensor's bytes, as CBOR byte strings."""
+    return bstr(salt) + b"".join(bstr(t.data) for t in tensors)
+
+
+def open_output(header: Output, opening: bytes) -> tuple[Tensor, ...]:
+    """The tensors behind an output's commitment; raises MessageError when the opening is not the one committed to."""
+    parts = read_bstrs(opening, 0, MAX_TENSORS + 1)
+    if not parts or len(parts[0]) != SALT_BYTES:
+        raise MessageError(f"the opening of {header.author}'s output has no salt of {SALT_BYTES} bytes")
+    tensors = tensors_from(header.outputs, parts[1:])
+    if commit_rows(header.author, parts[0], tensors, header.rows) != header.output_root:
+        raise MessageError(f"the opening is not what {header.author} signed")
+    return tensors
+
+
+def tolerances_of(release: Release) -> tuple[Tolerance, ...]:
+    """Each output's tolerance, from the signed release (epsilon kept as float64 bits)."""
+    return tuple(Tolerance(o[1], struct.unpack(">d", o[3])[0]) for o in release.outputs)
+
+
+def candidate_of(header: Output, tensors: Sequence[Tensor], release: Release) -> Candidate | None:
+    """The value to vote with, or None when it is not one the release allows: wrong name, type, shape, or not finite."""
+    try:
+        check_specs(tensors, release.outputs, header.rows if release.batch else None)
+    except InputError:
+        return None
+    candidate = Candidate(header.author, tuple(t.data for t in tensors))
+    return candidate if is_finite(candidate, tolerances_of(release)) else None
+
+
+def check_specs(tensors: Sequence[Tensor], specs: Sequence[Sequence[object]], rows: int | None) -> None:
+    """Raise MessageError unless the tensors are those declared; a dim of 0 in a spec is free, axis 0 is `rows`."""
+    if len(tensors) != len(specs):
+        raise MessageError(f"expected {len(specs)} tensors, found {len(tensors)}")
+    for tensor, spec in zip(tensors, specs, strict=True):
+        name, dtype, dims = spec[0], spec[1], tuple(spec[2])  # type: ignore[arg-type]
+        if rows is not None:
+            dims = (rows, *dims[1:])
+        fits = len(dims) == len(tensor.dims) and all(d in (0, t) for d, t in zip(dims, tensor.dims, strict=False))
+        if tensor.name != name or tensor.dtype != dtype or not fits:
+            shape = ["any" if d == 0 else d for d in dims]
+            raise MessageError(
+                f"expected {name!r} {dtype}{shape}, found {tensor.name!r} {tensor.dtype}{list(tensor.dims)}"
+            )
+
+
+def _show(value: object) -> object:
+    return value.hex()[:16] if isinstance(value, bytes) else value

@@ -1,0 +1,159 @@
+"""Rules for tasks opened and verdicts: every claim of a verdict is recomputed from the signed outputs."""
+
+from __future__ import annotations
+
+from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Opened, Verdict
+from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
+from bmoe.ledger.rules.policies import Ballot, Decision, Vote, policy_named
+from bmoe.ledger.rules.policies.ballot import UNUSABLE
+from bmoe.ledger.rules.standing import Act, Standing
+from bmoe.ledger.rules.state import AS_OF_SLACK, TASK_WINDOW_MS, Closed, Context, Event, FalseEntryError, State
+from bmoe.ledger.rules.voting import Candidate
+from bmoe.protocol.errors import InputError, MessageError, RefusedError
+from bmoe.protocol.messages import Release
+
+TASK_ID_TIME_BYTES = 6
+
+
+def opened(state: State, context: Context, entry: Opened) -> list[Event]:
+    """Open slots. A task id begins with its time (ms, 6 bytes), so that an id can never be opened twice."""
+    _coordinator(state, entry.author)
+    for task, expert, _ in entry.tasks:
+        made_ms = int.from_bytes(task[:TASK_ID_TIME_BYTES], "big")
+        if abs(made_ms - entry.time_ms) > TASK_WINDOW_MS // 2:
+            raise RefusedError(f"task {task.hex()} was not made within 10 minutes of its entry")
+        if task in state.open or task in state.closed:
+            raise RefusedError(f"task {task.hex()} is opened twice")
+        if expert not in state.releases:
+            raise RefusedError(f"expert {expert.hex()[:16]} has no release")
+    if len({t[0] for t in entry.tasks}) != len(entry.tasks):
+        raise RefusedError("a task is opened twice in one entry")
+    for task, expert, rows in entry.tasks:
+        state.open[task] = (expert, rows, entry.time_ms)
+    return [Event("opened", {"tasks": tuple(t[0] for t in entry.tasks)})]
+
+
+def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
+    """Close a task with what its outputs prove. The first verdict for a task wins."""
+    # 1. The author may judge, and the slot is open for this expert and batch.
+    _coordinator(state, entry.author)
+    slot = state.open.get(entry.task)
+    if slot is None:
+        raise RefusedError(f"task {entry.task.hex()} is not open: it was never opened, or has its verdict")
+    if slot[:2] != (entry.expert, entry.rows):
+        raise RefusedError(f"task {entry.task.hex()} was opened for another expert or batch")
+    # 2. Standing is read as of a recent size that both author and readers have.
+    if not state.size - AS_OF_SLACK <= entry.as_of <= state.size:
+        raise RefusedError(f"as_of {entry.as_of} is not a recent size of this ledger ({state.size})")
+    release = state.releases[entry.expert]
+    if len(entry.stances) != len(entry.outputs) or len(entry.openings) != len(entry.outputs) + bool(entry.referee):
+        raise MessageError("a verdict has one stance and one opening for each output")
+    by_referee = entry.accepted == BY_REFEREE and bool(entry.referee)
+    if entry.outcome == "accepted" and not (by_referee or entry.accepted < len(entry.outputs)):
+        raise MessageError("an accepting verdict accepts one of its outputs, or its referee's")
+    # 3.-5. Signatures, bindings, openings, and the policy's decision.
+    if context.recompute and entry.outcome == "accepted":
+        decision = decide_again(state, context.attachments, entry, release)
+        if (decision.accepted, decision.stances) != (entry.accepted, entry.stances):
+            raise FalseEntryError(
+                f"verdict on {entry.task.hex()}: {entry.policy} accepts {decision.accepted} with stances "
+                f"{decision.stances!r}, the entry claims {entry.accepted} with {entry.stances!r}"
+            )
+    elif entry.outcome != "accepted" and entry.accepted != NOBODY:
+        raise FalseEntryError(f"verdict on {entry.task.hex()} is {entry.outcome} and yet accepts a value")
+    authors = _authors(entry)
+    del state.open[entry.task]
+    return _close(state, entry, authors)
+
+
+def decide_again(state: State, attachments: dict[bytes, bytes], entry: Verdict, release: Release) -> Decision:
+    """The policy's decision over the outputs that the verdict carries; raises InputError for any that may not count."""
+    binding = Binding(entry.task, entry.expert, entry.input_root, entry.rows)
+    votes = []
+    for envelope, digest in zip(entry.outputs, entry.openings, strict=False):
+        agent, candidate = _signed_value(state, attachments, envelope, digest, binding, release, ("agent",))
+        if agent not in entry.assigned:
+            raise FalseEntryError(f"{agent} was not assigned task {entry.task.hex()}")
+        votes.append(Vote(agent, state.members[agent].owner, state.standing(agent, entry.as_of), candidate))
+    if len({v.agent for v in votes}) != len(votes):
+        raise FalseEntryError("an agent is counted twice")
+    referee = None
+    if entry.referee:
+        roles = ("coordinator", "validator")
+        _, referee = _signed_value(state, attachments, entry.referee, entry.openings[-1], binding, release, roles)
+        if referee is None:
+            raise FalseEntryError("the referee's own value is unusable")
+    ballot = Ballot(tuple(votes), referee, len(entry.assigned), tolerances_of(release), closed=True)
+    return policy_named(entry.policy, entry.policy_version).decide(ballot)
+
+
+def _signed_value(
+    state: State,
+    attachments: dict[bytes, bytes],
+    envelope: bytes,
+    digest: bytes,
+    binding: Binding,
+    release: Release,
+    roles: tuple[str, ...],
+) -> tuple[str, Candidate | None]:
+    try:
+        sealed = parse_output(envelope, binding)
+        author = sealed.header.author
+        sealed.verify(state.key_of(author))
+        if state.role_of(author) not in roles:
+            raise RefusedError(f"{author} is a {state.role_of(author)}, not a {' or '.join(roles)}")
+        if digest not in attachments:
+            raise MessageError(f"the opening {digest.hex()[:16]} of {author}'s output is not attached")
+        tensors = open_output(sealed.header, attachments[digest])
+    except (InputError, RefusedError) as error:
+        raise FalseEntryError(f"task {binding.task.hex()}: {error}") from error
+    return author, candidate_of(sealed.header, tensors, release)
+
+
+def _authors(entry: Verdict) -> list[str]:
+    binding = Binding(entry.task, entry.expert, entry.input_root, entry.rows)
+    return [parse_output(o, binding).header.author for o in entry.outputs]
+
+
+def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
+    index = len(entry.outputs) if entry.accepted == BY_REFEREE else entry.accepted
+    opening = entry.openings[index] if entry.outcome == "accepted" else b""
+    suspects = tuple(a for a, s in zip(authors, entry.stances, strict=True) if s in "d" + UNUSABLE)
+    contradicted = suspects if entry.referee else ()
+    state.closed[entry.task] = Closed(
+        binding=Binding(entry.task, entry.expert, entry.input_root, entry.rows),
+        index=state.size,
+        time_ms=entry.time_ms,
+        author=entry.author,
+        outcome=entry.outcome,
+        policy=entry.policy,
+        opening=opening,
+        outputs=dict(zip(authors, entry.stances, strict=True)),
+        reexecuted=bool(entry.referee),
+        suspects=contradicted,
+    )
+    for agent in contradicted:
+        state.claims.setdefault((entry.task, agent), set())
+    events = [Event("verdict", {"entry": entry, "index": state.size, "contradicted": contradicted})]
+    return events + _credit(state, entry, authors)
+
+
+def _credit(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
+    """An output agreed with a re-execution, or with a trusted agent's of another owner: that is a clean one."""
+    if entry.outcome != "accepted" or entry.policy == "single":
+        return []
+    agreeing = [a for a, s in zip(authors, entry.stances, strict=True) if s == "a"]
+    trusted = {a for a in agreeing if state.standing(a, entry.as_of) is Standing.TRUSTED}
+    events: list[Event] = []
+    for agent in agreeing:
+        owner = state.members[agent].owner
+        backed = bool(entry.referee) or any(state.members[t].owner != owner for t in trusted - {agent})
+        if backed:
+            act = Act.DIAGNOSED if entry.policy == "diagnosis" else Act.CLEAN
+            events += state.act(agent, act)
+    return events
+
+
+def _coordinator(state: State, author: str) -> None:
+    if state.role_of(author) != "coordinator":
+        raise RefusedError(f"only a coordinator may enter this, not {author}")

@@ -1,0 +1,163 @@
+"""The ledger engine: one NATS JetStream stream, appended to by authors and followed by replicas.
+
+The engine orders and replicates; it is not believed. A publish returns when the engine has acknowledged it, and with
+`sync_interval: always` that means it is on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nats
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.api import ConsumerConfig, DeliverPolicy
+from nats.js.errors import APIError, NotFoundError
+
+from bmoe.protocol.errors import LedgerError, LedgerForkError, UnavailableError
+
+STREAM = "LEDGER"
+CHECKPOINTS = "CHECKPOINTS"
+FRAMES = "ledger.frame"
+ACK_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class LedgerAccess:
+    """Where the ledger engine listens and with which certificate to come."""
+
+    host: str
+    port: int
+    ca: Path
+    certificate: Path
+    key: Path
+
+    def tls(self) -> ssl.SSLContext:
+        """A client context that trusts the gateway's CA alone."""
+        context = ssl.create_default_context(cafile=str(self.ca))
+        context.load_cert_chain(str(self.certificate), str(self.key))
+        return context
+
+
+@dataclass(frozen=True)
+class StreamMessage:
+    """One message as the engine keeps it: its position (1, 2, ...) and its bytes."""
+
+    position: int
+    data: bytes
+
+
+class LedgerStream:
+    """A connection to the engine; reconnects by itself for ever."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._js = client.jetstream(timeout=ACK_TIMEOUT_S)
+
+    @classmethod
+    async def connect(cls, access: LedgerAccess, name: str) -> LedgerStream:
+        """Connect within 15 s, or raise UnavailableError."""
+        try:
+            client = await nats.connect(
+                f"tls://{access.host}:{access.port}",
+                name=name,
+                tls=access.tls(),
+                connect_timeout=3,
+                reconnect_time_wait=0.2,
+                max_reconnect_attempts=-1,
+                allow_reconnect=True,
+                error_cb=_quiet,
+                pending_size=64 * 1024 * 1024,
+            )
+        except (NatsError, OSError, asyncio.TimeoutError, ssl.SSLError) as error:
+            raise UnavailableError(
+                f"ledger engine at {access.host}:{access.port}: {error or type(error).__name__}"
+            ) from error
+        return cls(client)
+
+    async def append(self, author: str, data: bytes, message_id: str, expected_last: int) -> int:
+        """Append a frame after the author's frame at position `expected_last` (0: none); the position it got.
+
+        Durable when this returns. Repeating the same message id is safe: the engine answers with the first position.
+        Raises LedgerError when another frame of this author came between, UnavailableError when the engine is away.
+        """
+        headers = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Subject-Sequence": str(expected_last)}
+        try:
+            ack = await self._js.publish(f"{FRAMES}.{author}", data, headers=headers, timeout=ACK_TIMEOUT_S)
+        except APIError as error:
+            if error.err_code == 10071:
+                raise LedgerError(f"another frame of {author} came in between: {error.description}") from error
+            raise UnavailableError(f"ledger engine refused the frame: {error.description}") from error
+        except (NatsError, OSError, asyncio.TimeoutError) as error:
+            raise UnavailableError(f"ledger engine did not acknowledge: {error or type(error).__name__}") from error
+        return ack.seq
+
+    async def last_of(self, author: str) -> StreamMessage | None:
+        """The author's last frame, or None."""
+        try:
+            message = await self._js.get_last_msg(STREAM, f"{FRAMES}.{author}")
+        except NotFoundError:
+            return None
+        except (NatsError, OSError, asyncio.TimeoutError) as error:
+            raise UnavailableError(f"ledger engine: {error or type(error).__name__}") from error
+        return StreamMessage(message.seq or 0, message.data or b"")
+
+    async def height(self) -> int:
+        """The position of the last message."""
+        try:
+            return (await self._js.stream_info(STREAM)).state.last_seq
+        except (NatsError, OSError, asyncio.TimeoutError) as error:
+            raise UnavailableError(f"ledger engine: {error or type(error).__name__}") from error
+
+    async def follow(self, after: int) -> AsyncIterator[StreamMessage]:
+        """Every message behind position `after`, in order, for ever; raises LedgerForkError at a gap.
+
+        A position that the engine skips is lost or damaged content: that halts a replica, it is never passed over.
+        """
+        expected = after + 1
+        while True:
+            try:
+                async for message in self._from(expected):
+                    if message.position != expected:
+                        raise LedgerForkError(
+                            f"ledger position {expected} is missing: the engine went on at {message.position}"
+                        )
+                    expected += 1
+                    yield message
+            except (NatsError, OSError, asyncio.TimeoutError, APIError):
+                await asyncio.sleep(0.2)
+
+    async def _from(self, start: int) -> AsyncIterator[StreamMessage]:
+        config = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start)
+        subscription = await self._js.subscribe(
+            f"{FRAMES}.>", stream=STREAM, ordered_consumer=True, config=config, pending_bytes_limit=256 * 1024 * 1024
+        )
+        try:
+            while True:
+                message = await subscription.next_msg(timeout=None)
+                yield StreamMessage(message.metadata.sequence.stream, message.data)
+        finally:
+            try:
+                await subscription.unsubscribe()
+            except (NatsError, OSError):
+                pass
+
+    async def close(self) -> None:
+        """Drop the connection."""
+        try:
+            await self.client.close()
+        except (NatsError, OSError):
+            pass
+
+
+async def _quiet(_: Exception) -> None:
+    """Connection errors surface at the calls that they break; nats-py would print them as well."""
+
+
+def message_id(digest: bytes) -> str:
+    """The engine's de-duplication id of a frame."""
+    return digest.hex()

@@ -1,0 +1,108 @@
+"""Deterministic CBOR: one spelling for every value, and nothing else accepted.
+
+Source: RFC 8949, section 4.2.1. We use a subset in which the two historic map orders coincide: map keys are the
+integers 0..23, values are integers, byte strings, text, booleans, arrays and such maps. No floats (two versions of
+one library spell them differently), no tags, no indefinite lengths, no duplicate keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cbor2
+
+from bmoe.protocol.errors import EncodingError
+
+MAX_DEPTH = 6
+MAX_HEADER_BYTES = 256 * 1024
+
+
+def encode(value: Any) -> bytes:
+    """The one spelling of `value`; maps must already have integer keys 0..23 in ascending order."""
+    return cbor2.dumps(value)
+
+
+def decode(data: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Any:
+    """The value of one complete item, arrays as tuples; raises EncodingError for anything not spelled our one way."""
+    if len(data) > max_bytes:
+        raise EncodingError(f"header of {len(data)} bytes exceeds the cap of {max_bytes}")
+    try:
+        value = cbor2.loads(
+            data,
+            max_depth=MAX_DEPTH,
+            allow_indefinite=False,
+            allow_duplicate_keys=False,
+            semantic_decoders=_NO_TAGS,
+            immutable=False,
+        )
+    except EncodingError:
+        raise
+    except (cbor2.CBORDecodeError, ValueError, OverflowError, TypeError, MemoryError) as error:
+        raise EncodingError(f"not well-formed CBOR: {error}") from error
+    value = _checked(value, 0)
+    if encode(value) != data:
+        raise EncodingError("not in deterministic form: re-encoding gives other bytes")
+    return value
+
+
+def _refuse_tag(*_: Any) -> Any:
+    raise EncodingError("CBOR tags are not accepted here")
+
+
+_NO_TAGS = {tag: _refuse_tag for tag in (*range(0, 6), *range(25, 38), 43000, 100, 256, 258, 260, 261, 1004, 55799)}
+
+
+def _checked(value: Any, depth: int) -> Any:
+    kind = type(value)
+    if kind is int or kind is bytes or kind is str or kind is bool:
+        return value
+    if kind is list or kind is tuple:
+        return tuple([_checked(item, depth + 1) for item in value])
+    if kind is dict:
+        if any(type(key) is not int or not 0 <= key <= 23 for key in value):
+            raise EncodingError("map keys must be integers 0..23")
+        return {key: _checked(value[key], depth + 1) for key in sorted(value)}
+    raise EncodingError(f"a value of type {kind.__name__} is not accepted in a header")
+
+
+def bstr(data: bytes) -> bytes:
+    """A byte string item: its head and the bytes. Faster than cbor2 for large tensors, which it would copy twice."""
+    return bstr_head(len(data)) + data
+
+
+def bstr_head(length: int) -> bytes:
+    """The head of a byte string of `length` bytes, in its shortest form."""
+    for limit, info, width in ((24, None, 0), (1 << 8, 24, 1), (1 << 16, 25, 2), (1 << 32, 26, 4)):
+        if length < limit:
+            return bytes([0x40 | length]) if info is None else bytes([0x40 | info]) + length.to_bytes(width, "big")
+    raise EncodingError(f"a byte string of {length} bytes exceeds 4 GiB")
+
+
+def read_bstr(data: bytes, offset: int) -> tuple[bytes, int]:
+    """The byte string item at `offset` and the offset behind it; raises EncodingError unless it is one, whole."""
+    if offset >= len(data):
+        raise EncodingError(f"expected a byte string at offset {offset}, found the end of {len(data)} bytes")
+    head = data[offset]
+    info = head & 0x1F
+    if head >> 5 != 2 or info > 26:
+        raise EncodingError(f"expected a byte string at offset {offset}, found initial byte 0x{head:02x}")
+    width = 0 if info < 24 else 1 << (info - 24)
+    start = offset + 1 + width
+    length = info if info < 24 else int.from_bytes(data[offset + 1 : start], "big")
+    if data[offset:start] != bstr_head(length):
+        raise EncodingError(f"the length of the byte string at offset {offset} is not in its shortest form")
+    end = start + length
+    if end > len(data):
+        raise EncodingError(f"the byte string at offset {offset} needs {length} bytes, {len(data) - start} are left")
+    return data[start:end], end
+
+
+def read_bstrs(data: bytes, offset: int, count_max: int) -> tuple[bytes, ...]:
+    """All byte string items from `offset` to the end; raises EncodingError beyond `count_max` of them."""
+    items = []
+    while offset < len(data):
+        if len(items) == count_max:
+            raise EncodingError(f"more than {count_max} byte strings")
+        item, offset = read_bstr(data, offset)
+        items.append(item)
+    return tuple(items)

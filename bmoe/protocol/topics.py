@@ -1,0 +1,32 @@
+"""MQTT topics: one folder a device, so that a broker can let each device speak only as itself.
+
+Letters, digits, '-', '_' and '/' only: '.' and spaces break on NATS. Down (to the device): task, notice.
+Up (from the device): output, refusal, status (retained), health, complaint.
+"""
+
+from __future__ import annotations
+
+from bmoe.protocol.errors import MessageError
+from bmoe.protocol.schema import is_name
+
+ROOT = "bmoe/v1"
+DOWN = ("task", "notice")
+UP = ("output", "refusal", "status", "health", "complaint")
+
+
+def topic(device: str, channel: str) -> str:
+    """The topic of one channel of one device."""
+    return f"{ROOT}/{device}/{channel}"
+
+
+def every_device(channel: str) -> str:
+    """The subscription for one channel of every device."""
+    return f"{ROOT}/+/{channel}"
+
+
+def parse_topic(value: str) -> tuple[str, str]:
+    """(device, channel) of a topic; raises MessageError for any other shape."""
+    parts = value.split("/")
+    if len(parts) != 4 or "/".join(parts[:2]) != ROOT or not is_name(parts[2]) or parts[3] not in (*DOWN, *UP):
+        raise MessageError(f"topic {value[:120]!r} is not {ROOT}/DEVICE/CHANNEL")
+    return parts[2], parts[3]

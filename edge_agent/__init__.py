@@ -1,0 +1,1 @@
+"""The edge layer: what is flashed onto a board."""
