@@ -19,17 +19,14 @@ RUN = 2  # digest, then the inputs
 READY = 16  # the version of onnxruntime
 LOADED = 17  # nothing
 ABSENT = 18  # nothing: the expert of a RUN is not loaded (any more); load it and ask again
-DONE = 19  # duration in microseconds (u64), provider, then the outputs
+WORN = 19  # nothing: it does not fit beside what other experts left behind; replace the worker and ask again
+DONE = 20  # duration in microseconds (u64), provider, then the outputs
 # Replies that are errors, each with its message.
 ERRORS: dict[int, type[BmoeError]] = {32: ModelError, 33: InputError, 34: InferenceError}
 
 HEAD = struct.Struct("<BH")
 DURATION = struct.Struct("<Q")
 MAX_PARTS = 512
-
-# Exit statuses of the worker that mean something.
-EXIT_MEMORY = 71
-EXIT_ORPHAN = 72
 
 
 def encode(kind: int, parts: Sequence[bytes]) -> list[bytes]:

@@ -28,7 +28,7 @@ LOG_TAIL_BYTES = 600
 CONTROL_BYTES = 1 << 16
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 # What a reply of a broken worker raises while it is read: end of stream, reset, and each way of being no frame.
-BROKEN = (EOFError, OSError, ValueError, struct.error, InputError)
+BROKEN = (EOFError, OSError, ValueError, LookupError, struct.error, InputError)
 
 
 @dataclass(frozen=True)
@@ -182,24 +182,21 @@ class Runner:
         request = framing.encode(framing.RUN, parts)
         async with self._lock:
             kind, reply = await self._call(expert, request, timeout_s)
-            if kind == framing.ABSENT:
-                await self._load(expert, LOAD_TIMEOUT_S)
-                kind, reply = await self._call(expert, request, timeout_s)
+            for _ in range(2):  # not loaded; then, loaded beside others, it may need a worker of its own
+                if kind == framing.ABSENT:
+                    await self._load(expert, LOAD_TIMEOUT_S)
+                    kind, reply = await self._call(expert, request, timeout_s)
             try:
                 return _result(kind, reply)
-            except BROKEN:
-                cause = await self._replace()
-                raise InferenceError(f"{expert}: the worker's reply is malformed; {cause}, restarted") from None
+            except BROKEN as error:
+                self._abandon()
+                raise InferenceError(f"{expert}: the worker's reply is malformed ({error}); restarted") from None
 
     async def close(self) -> None:
         """End the child; a task that runs fails with InferenceError, those that wait with UnavailableError."""
         self._closed = True
-        if self._worker is not None:
-            self._worker.kill()
+        self._abandon()
         async with self._lock:
-            if self._worker is not None:
-                self._ending.append(self._worker)
-                self._worker = None
             await self._end_all()
 
     async def __aenter__(self) -> Runner:
@@ -209,7 +206,10 @@ class Runner:
         await self.close()
 
     async def _load(self, expert: ExpertFile, timeout_s: float) -> None:
-        await self._call(expert, framing.encode(framing.LOAD, [expert.digest, os.fsencode(expert.path)]), timeout_s)
+        request = framing.encode(framing.LOAD, [expert.digest, os.fsencode(os.path.abspath(expert.path))])
+        kind, _ = await self._call(expert, request, timeout_s)
+        if kind == framing.ABSENT:
+            await self._call(expert, request, timeout_s)
 
     async def _call(self, expert: ExpertFile, request: Sequence[bytes], timeout_s: float) -> tuple[int, list[bytes]]:
         """Ask the child; errors it replies with are raised, and whatever leaves it unusable replaces it."""
@@ -217,57 +217,57 @@ class Runner:
         try:
             kind, reply = await worker.exchange(request, timeout_s, self._max_bytes)
         except TimeoutError:
-            await self._replace()
+            await self._replace(worker)
             raise InferenceError(f"{expert} exceeded {timeout_s * 1000:.0f} ms; worker killed and restarted") from None
         except BROKEN as error:
-            cause = await self._replace()
+            cause = await self._replace(worker)
             detail = "" if isinstance(error, (EOFError, OSError)) else f" ({error})"
             raise InferenceError(f"{expert}: the worker died{detail}, {cause}; restarted") from None
         except BaseException:  # cancelled: the reply nobody awaits now would be taken for that to the next request
             self._abandon()
             raise
+        if kind == framing.WORN:
+            await self._replace(worker)
+            return framing.ABSENT, []
         if kind in framing.ERRORS:
-            raise framing.ERRORS[kind](f"{expert}: {reply[0].decode(errors='replace')}")
+            raise framing.ERRORS[kind](f"{expert}: {b' '.join(reply).decode(errors='replace')}")
         return kind, reply
 
     async def _ready_worker(self) -> _Worker:
         if self._worker is not None and self._worker.process.poll() is not None:
-            self._abandon()
+            self._abandon(restart=False)
         await self._end_all()
         if self._closed:
             raise UnavailableError("the runner is closed")
-        if self._worker is None:
-            self._worker = _Worker(self._settings)
+        worker = self._worker = self._worker or _Worker(self._settings)
         try:
-            await self._worker.open()
+            await worker.open()
         except BaseException:
-            self._ending.append(self._worker)
-            self._worker.kill()
-            self._worker = None
+            self._abandon(restart=False)
             raise
-        return self._worker
+        return worker
 
-    async def _replace(self) -> str:
+    async def _replace(self, worker: _Worker) -> str:
         """Put a new child in the place of a broken one, and say how that died."""
-        worker = self._worker
-        assert worker is not None
         self._abandon()
         return await worker.end()
 
-    def _abandon(self) -> None:
-        """Kill the child and start the next at once, so that its imports are done before the next task comes."""
-        assert self._worker is not None
+    def _abandon(self, restart: bool = True) -> None:
+        """Kill the child, and start the next at once, so that its imports are done before the next task comes."""
+        if self._worker is None:
+            return
         self._worker.kill()
         self._ending.append(self._worker)
         self._worker = None
-        if not self._closed:
+        if restart and not self._closed:
             with contextlib.suppress(UnavailableError):  # the next task tries again, and says so
                 self._worker = _Worker(self._settings)
 
     async def _end_all(self) -> None:
         while self._ending:
-            await self._ending[-1].end()
-            self._ending.pop()
+            worker = self._ending[-1]
+            await worker.end()
+            self._ending.remove(worker)
 
 
 def child_environment() -> dict[str, str]:
@@ -297,8 +297,7 @@ def _result(kind: int, reply: Sequence[bytes]) -> RunResult:
 
 
 def _cause_of_death(status: int) -> str:
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    if status == framing.EXIT_MEMORY:
-        return "out of the memory it may use"
-    return f"exited with status {status}"
+    if status >= 0:
+        return f"exited with status {status}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"killed by {names.get(-status, f'signal {-status}')}"

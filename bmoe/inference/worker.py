@@ -27,6 +27,7 @@ PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
 MAX_LOG_BYTES = 1 << 20
 MAX_MESSAGE_CHARS = 500
 ALIGNMENT = 64
+PIECE_BYTES = 1 << 16
 Reply = tuple[int, list[bytes]]
 
 
@@ -37,45 +38,38 @@ class Cache:
         self.experts: OrderedDict[bytes, sessions.Expert] = OrderedDict()
         self.max_sessions = max_sessions
         self.max_bytes = max_bytes
+        self.seen: set[bytes] = set()
 
-    def answer(self, kind: int, parts: Sequence[np.ndarray]) -> Reply:
-        """Carry out one request."""
-        digest = parts[0].tobytes()
+    def answer(self, kind: int, digest: bytes, parts: Sequence[np.ndarray] | None) -> Reply:
+        """Carry out one request. Raises BmoeError, MemoryError."""
+        if parts is None:
+            raise MemoryError
         if kind == framing.LOAD:
-            self.load(digest, os.fsdecode(parts[1].tobytes()))
+            self.load(digest, os.fsdecode(parts[0].tobytes()))
             return framing.LOADED, []
         if digest not in self.experts:
             return framing.ABSENT, []
         self.experts.move_to_end(digest)
-        return framing.DONE, sessions.run_expert(self.experts[digest], parts[1:])
+        return framing.DONE, sessions.run_expert(self.experts[digest], parts)
 
     def load(self, digest: bytes, path: str) -> None:
         if digest in self.experts:
             return
         while len(self.experts) >= self.max_sessions:
             self.experts.popitem(last=False)
+        self.seen.add(digest)
         self.experts[digest] = sessions.open_expert(sessions.read_model(path, digest, self.max_bytes))
 
-    def drop_all_but(self, digest: bytes) -> bool:
-        """Give back the memory of the other experts; whether there were any."""
-        others = [known for known in self.experts if known != digest]
-        for other in others:
-            del self.experts[other]
-        return bool(others)
 
-
-def reply_to(cache: Cache, kind: int, parts: Sequence[np.ndarray]) -> Reply:
+def reply_to(cache: Cache, kind: int, digest: bytes, parts: Sequence[np.ndarray] | None) -> Reply:
     """The reply to one request, errors included."""
     try:
-        try:
-            return cache.answer(kind, parts)
-        except MemoryError:
-            # Whether a task fits must not depend on which other experts were used before it.
-            if not cache.drop_all_but(parts[0].tobytes()):
-                raise
-        return cache.answer(kind, parts)
+        return cache.answer(kind, digest, parts)
     except MemoryError:
-        cache.experts.clear()
+        # Whether a task fits must not depend on the experts used before it, and unloading them is not enough: the
+        # heap stays in pieces (measured).
+        if cache.seen - {digest}:
+            return framing.WORN, []
         text = f"the expert needs more memory than the {cache.max_bytes >> 20} MB it may use"
         return error_reply(InferenceError(text))
     except BmoeError as error:
@@ -95,17 +89,27 @@ def aligned(size: int) -> np.ndarray:
     return raw[start : start + size]
 
 
-def read_request(stream: BufferedRWPair) -> tuple[int, list[np.ndarray]] | None:
-    """One frame, or None once the runner is gone."""
+def read_request(stream: BufferedRWPair) -> tuple[int, bytes, list[np.ndarray] | None] | None:
+    """Kind, digest and further parts of one request (None if they do not fit), or None once the runner is gone."""
     head = stream.read(framing.HEAD.size)
     if len(head) < framing.HEAD.size:
         return None
     kind, count = framing.HEAD.unpack(head)
-    parts = [aligned(size) for size in framing.part_sizes(stream.read(8 * count), sys.maxsize)]
-    for part in parts:
-        if stream.readinto(part.data) < part.size:
-            return None
-    return kind, parts
+    first, *others = framing.part_sizes(stream.read(8 * count), sys.maxsize)
+    digest = stream.read(first)
+    try:
+        parts = [aligned(size) for size in others]
+    except MemoryError:
+        skip(stream, sum(others))
+        return kind, digest, None
+    if any(stream.readinto(part.data) < part.size for part in parts):
+        return None
+    return kind, digest, parts
+
+
+def skip(stream: BufferedRWPair, size: int) -> None:
+    while size > 0 and (piece := stream.read(min(size, PIECE_BYTES))):
+        size -= len(piece)
 
 
 def serve(stream: BufferedRWPair, cache: Cache) -> None:
@@ -127,7 +131,7 @@ def die_with_parent(parent: int) -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent:
-        os._exit(framing.EXIT_ORPHAN)
+        os._exit(0)
 
 
 def limit_resources(max_bytes: int) -> None:
@@ -153,14 +157,10 @@ def main() -> None:
     die_with_parent(parent)
     os.nice(nice)
     limit_resources(memory_mb << 20)
-    stream = socket.socket(fileno=0).makefile("rwb", 1 << 16)
+    stream = socket.socket(fileno=0).makefile("rwb", PIECE_BYTES)
     assert isinstance(stream, BufferedRWPair)
-    try:
+    with contextlib.suppress(OSError):  # the runner is gone
         serve(stream, Cache(max_sessions, memory_mb << 20))
-    except MemoryError:  # outside of a task: the request alone was too large, and is half read
-        os._exit(framing.EXIT_MEMORY)
-    except OSError:
-        pass  # the runner is gone
     os._exit(0)  # nothing here needs the interpreter's slow farewell
 
 

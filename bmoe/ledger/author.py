@@ -74,7 +74,7 @@ class FrameAuthor:
     def submit(
         self, kinds: Sequence[tuple[type[Entry], dict[str, Any]]], attachments: Sequence[bytes] = ()
     ) -> asyncio.Future[int]:
-        """Queue entries (type and own fields) that stand together; the future gives the stream position, once durable."""
+        """Queue entries (type, own fields) that stand together; the future gives their position once durable."""
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(kinds, attachments, done, 512 * len(kinds) + sum(len(a) for a in attachments))
         if len(self._waiting) >= WAITING_MAX:

@@ -7,6 +7,7 @@ The engine orders and replicates; it is not believed. A publish returns when the
 from __future__ import annotations
 
 import asyncio
+import json
 import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 import nats
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
-from nats.js.api import ConsumerConfig, DeliverPolicy
+from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 from nats.js.errors import APIError, NotFoundError
 
 from bmoe.protocol.errors import LedgerError, LedgerForkError, UnavailableError
@@ -23,7 +24,10 @@ from bmoe.protocol.errors import LedgerError, LedgerForkError, UnavailableError
 STREAM = "LEDGER"
 CHECKPOINTS = "CHECKPOINTS"
 FRAMES = "ledger.frame"
-ACK_TIMEOUT_S = 5.0
+ACK_TIMEOUT_S = 2.0
+PULL_BATCH = 512
+PULL_EXPIRES_S = 20.0
+CONSUMER_IDLE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class LedgerStream:
                 f"tls://{access.host}:{access.port}",
                 name=name,
                 tls=access.tls(),
+                tls_handshake_first=True,
                 connect_timeout=3,
                 reconnect_time_wait=0.2,
                 max_reconnect_attempts=-1,
@@ -87,7 +92,7 @@ class LedgerStream:
         """
         headers = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Subject-Sequence": str(expected_last)}
         try:
-            ack = await self._js.publish(f"{FRAMES}.{author}", data, headers=headers, timeout=ACK_TIMEOUT_S)
+            ack = await self._js.publish(frame_subject(author), data, headers=headers, timeout=ACK_TIMEOUT_S)
         except APIError as error:
             if error.err_code == 10071:
                 raise LedgerError(f"another frame of {author} came in between: {error.description}") from error
@@ -99,7 +104,7 @@ class LedgerStream:
     async def last_of(self, author: str) -> StreamMessage | None:
         """The author's last frame, or None."""
         try:
-            message = await self._js.get_last_msg(STREAM, f"{FRAMES}.{author}")
+            message = await self._js.get_last_msg(STREAM, frame_subject(author))
         except NotFoundError:
             return None
         except (NatsError, OSError, asyncio.TimeoutError) as error:
@@ -128,18 +133,34 @@ class LedgerStream:
                         )
                     expected += 1
                     yield message
-            except (NatsError, OSError, asyncio.TimeoutError, APIError):
+            except (NatsError, OSError, asyncio.TimeoutError, UnavailableError):
                 await asyncio.sleep(0.2)
 
     async def _from(self, start: int) -> AsyncIterator[StreamMessage]:
-        config = ConsumerConfig(deliver_policy=DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=start)
-        subscription = await self._js.subscribe(
-            f"{FRAMES}.>", stream=STREAM, ordered_consumer=True, config=config, pending_bytes_limit=256 * 1024 * 1024
+        """Messages from position `start` through an ephemeral pull consumer, asked for in large batches."""
+        config = ConsumerConfig(
+            deliver_policy=DeliverPolicy.BY_START_SEQUENCE,
+            opt_start_seq=start,
+            ack_policy=AckPolicy.NONE,
+            filter_subject=f"{FRAMES}.>",
+            inactive_threshold=CONSUMER_IDLE_S,
+            mem_storage=True,
         )
+        consumer = (await self._js.add_consumer(STREAM, config)).name
+        inbox = self.client.new_inbox()
+        subscription = await self.client.subscribe(inbox, pending_bytes_limit=256 * 1024 * 1024)
+        request = json.dumps({"batch": PULL_BATCH, "expires": int(PULL_EXPIRES_S * 1e9)}).encode()
         try:
             while True:
-                message = await subscription.next_msg(timeout=None)
-                yield StreamMessage(message.metadata.sequence.stream, message.data)
+                await self.client.publish(f"$JS.API.CONSUMER.MSG.NEXT.{STREAM}.{consumer}", request, reply=inbox)
+                for _ in range(PULL_BATCH):
+                    message = await subscription.next_msg(timeout=PULL_EXPIRES_S + 5)
+                    status = (message.headers or {}).get("Status")
+                    if status is not None:
+                        if status != "408":
+                            raise UnavailableError(f"ledger engine: {status} {message.headers}")
+                        break
+                    yield StreamMessage(message.metadata.sequence.stream, message.data)
         finally:
             try:
                 await subscription.unsubscribe()
@@ -152,6 +173,11 @@ class LedgerStream:
             await self.client.close()
         except (NatsError, OSError):
             pass
+
+
+def frame_subject(author: str) -> str:
+    """Where an author's frames go; the engine lets each author publish below its own name alone."""
+    return f"{FRAMES}.{author}.frame"
 
 
 async def _quiet(_: Exception) -> None:

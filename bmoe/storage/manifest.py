@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 from bmoe.protocol.errors import ManifestError
 from bmoe.storage.strict_json import Read, integer, list_of, object_of, one_of, or_null, parse_json, text, wrong
@@ -97,7 +97,7 @@ class Model:
     experts: tuple[Expert, ...]
 
 
-Part = Union[Expert, Golden]  # noqa: UP007 (evaluated at import: `|` of classes is fine from 3.10 on)
+Part = Expert | Golden
 
 
 def parse_manifest(data: bytes) -> Model:

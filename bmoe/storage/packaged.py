@@ -19,7 +19,7 @@ def packaged(kind: str, name: str) -> Path:
     folder = root / kind / name
     if not folder.is_dir():
         there = sorted(path.name for path in (root / kind).glob("*") if path.is_dir() and _NAME.fullmatch(path.name))
-        raise ConfigError(f"{kind} {name!r}: no such folder; there are: {', '.join(there) or 'none'} (in {root / kind})")
+        raise ConfigError(f"{root / kind}: expected a folder {name!r}; there are: {', '.join(there) or 'none'}")
     return folder
 
 

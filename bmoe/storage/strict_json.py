@@ -17,7 +17,7 @@ Read = Callable[[Any, str], Any]
 
 
 def parse_json(data: bytes, cap: int) -> Any:
-    """The JSON value in at most `cap` bytes of UTF-8: no key twice, no NaN or Infinity, no endless number or nesting."""
+    """The JSON value in at most `cap` bytes of UTF-8: no key twice, no NaN, no endless number or nesting."""
     if len(data) > cap:
         raise ManifestError(f"$: expected at most {cap} bytes, got {len(data)}")
     try:

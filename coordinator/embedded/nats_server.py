@@ -21,6 +21,7 @@ from pathlib import Path
 
 from bmoe.protocol.errors import ConfigError
 from bmoe.protocol.files import write_durably
+from bmoe.storage.packaged import packaged
 from coordinator.embedded.ports import Listen, claim_ports
 from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child
@@ -110,7 +111,8 @@ def prepare_ledger(
 
 def _asker(name: str, validators: list[str]) -> str:
     """The account of one who writes frames, follows checkpoints as they come and asks validators for receipts."""
-    imports = [_import("stream", "STREAMS", "ledger.checkpoint.>")]
+    # Checkpoints come from the validator's account: one that went into STREAMS by a service import goes no further.
+    imports = [_import("stream", validator, f"ledger.checkpoint.{validator}") for validator in validators]
     imports += [_import("service", validator, f"ledger.receipt.{validator}") for validator in validators]
     return _user(name, ["ledger.receipt.>"], ["ledger.checkpoint.>"], imports)
 
@@ -118,7 +120,7 @@ def _asker(name: str, validators: list[str]) -> str:
 def _validator(name: str) -> str:
     """The account of one who writes frames and its own checkpoints, and answers for receipts."""
     checkpoint, receipt = f"ledger.checkpoint.{name}", f"ledger.receipt.{name}"
-    exports = f"{{ service: {_quote(receipt)} }}"
+    exports = f"{{ service: {_quote(receipt)} }}, {{ stream: {_quote(checkpoint)} }}"
     imports = [_import("service", "STREAMS", checkpoint)]
     return _user(name, [checkpoint], [receipt], imports, exports, "allow_responses: true")
 
@@ -235,8 +237,7 @@ class _Template(string.Template):
 
 
 def _template(name: str) -> _Template:
-    folder = Path(__file__).resolve().parents[2] / "firmware_configs" / "nats"
-    return _Template((folder / name).read_text(encoding="utf-8"))
+    return _Template((packaged("firmware_configs", "nats") / name).read_text(encoding="utf-8"))
 
 
 def _quote(value: object) -> str:

@@ -1,7 +1,7 @@
 """Trains the wearable model on eight wearers, exports it, and prints how well it does on the two it never saw.
 
-    python models/wearable/train.py                 # train, export, calibrate, write model.json here
-    python models/wearable/train.py --folds         # five trainings, each with another pair held out; writes nothing
+python models/wearable/train.py                 # train, export, calibrate, write model.json here
+python models/wearable/train.py --folds         # five trainings, each with another pair held out; writes nothing
 """
 
 from __future__ import annotations

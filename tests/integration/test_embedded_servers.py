@@ -1,7 +1,4 @@
-"""Real nats-server processes under the supervisor: kills, orphans, taken ports, and credentials that try too much.
-
-Run as a script (STATE PKI) it is a supervisor of both servers, for the tests that kill one.
-"""
+"""Real nats-server processes under the supervisor: kills, orphans, taken ports, and credentials that try too much."""
 
 from __future__ import annotations
 
@@ -15,130 +12,28 @@ import ssl
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
 
+import embedded_servers
 import nats
 import pytest
-from certs import issue, make_authority
+from embedded_servers import PATIENCE, Events, broker, connected, enter, frames, ledger, make_pki, make_streams
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from bmoe.protocol.errors import ConfigError, LedgerError, UnavailableError
-from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
-from coordinator.embedded.logtail import LogTail
-from coordinator.embedded.nats_server import Server, TlsFiles, find_nats_server, prepare_broker, prepare_ledger
-from coordinator.embedded.nkey_file import nkey_public
+from bmoe.protocol.errors import ConfigError, LedgerError
+from coordinator.embedded.ledger_stream import ensure_ledger_stream
+from coordinator.embedded.nats_server import find_nats_server
 from coordinator.embedded.ports import Listen, claim_ports
 from coordinator.embedded.state_dir import MARK
-from coordinator.embedded.supervisor import Child, Event, Supervisor
-
-PEOPLE = ("bmoe-admin", "coordinator", "registrar", "validator-1", "validator-2", "stranger")
-PATIENCE = 10.0
+from coordinator.embedded.supervisor import Supervisor
 
 
 @pytest.fixture(scope="module")
 def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pki")
-    authority = make_authority(folder)
-    issue(authority, "gateway", server=True)
-    for name in PEOPLE:
-        issue(authority, name)
-    issue(make_authority(folder / "foreign"), "coordinator")
-    for kind, name in (("account", "issuer"), ("user", "callout"), ("user", "system")):
-        nkey_public(folder / f"{name}.nk", kind)
-    return folder
-
-
-def tls_files(pki: Path, name: str) -> TlsFiles:
-    return TlsFiles(pki / f"{name}.crt", pki / f"{name}.key", pki / "ca.crt")
-
-
-def broker(state: Path, pki: Path, **listens: Listen) -> Server:
-    return prepare_broker(
-        state,
-        tls_files(pki, "gateway"),
-        tls_files(pki, "coordinator"),
-        callout_issuer=nkey_public(pki / "issuer.nk", "account"),
-        callout_user=nkey_public(pki / "callout.nk", "user"),
-        system_user=nkey_public(pki / "system.nk", "user"),
-        **listens,
-    )
-
-
-def ledger(state: Path, pki: Path) -> Server:
-    names = ("validator-1", "validator-2")
-    return prepare_ledger(state, tls_files(pki, "gateway"), tls_files(pki, "coordinator"), validators=names)
-
-
-class Events:
-    """Everything the supervisor told, and a way to wait for the next of a kind."""
-
-    def __init__(self) -> None:
-        self.seen: list[Event] = []
-        self._news = asyncio.Condition()
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def __call__(self, event: Event) -> None:
-        self.seen.append(event)
-        task = asyncio.get_running_loop().create_task(self._tell())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _tell(self) -> None:
-        async with self._news:
-            self._news.notify_all()
-
-    async def wait_for(self, child: str, kind: str, count: int = 1, text: str = "") -> Event:
-        def found() -> list[Event]:
-            return [e for e in self.seen if (e.child, e.kind) == (child, kind) and text in e.detail]
-
-        async with asyncio.timeout(PATIENCE), self._news:
-            await self._news.wait_for(lambda: len(found()) >= count)
-        return found()[count - 1]
-
-
-@contextlib.asynccontextmanager
-async def connected(pki: Path, server: Server, name: str | None, **more: Any) -> AsyncIterator[Client]:
-    """A NATS connection with `name`'s certificate; `errors` on it collects what the server refused."""
-    context = ssl.create_default_context(cafile=str(pki / "ca.crt"))
-    if name is not None:
-        context.load_cert_chain(pki / f"{name}.crt", pki / f"{name}.key")
-    errors: list[str] = []
-
-    async def on_error(error: Exception) -> None:
-        errors.append(str(error))
-
-    url = f"tls://127.0.0.1:{server.ports['client']}"
-    nc = await nats.connect(
-        url, tls=context, tls_handshake_first=True, allow_reconnect=False, error_cb=on_error, connect_timeout=3, **more
-    )
-    nc.errors = errors  # type: ignore[attr-defined]
-    try:
-        yield nc
-    finally:
-        await nc.close()
-
-
-async def make_streams(pki: Path, server: Server) -> None:
-    async with connected(pki, server, "bmoe-admin") as admin:
-        await ensure_ledger_stream(admin)
-        await ensure_checkpoint_stream(admin)
-
-
-async def enter(pki: Path, server: Server, *frames: bytes) -> None:
-    async with connected(pki, server, "coordinator") as nc:
-        for frame in frames:
-            await nc.jetstream().publish("ledger.frame.coordinator.verdicts", frame)
-
-
-async def frames(pki: Path, server: Server) -> list[bytes]:
-    """All frames of the ledger, read by sequence number as validator-1 would."""
-    async with connected(pki, server, "validator-1") as nc:
-        js = nc.jetstream()
-        last = (await js.stream_info("LEDGER")).state.last_seq
-        return [(await js.get_msg("LEDGER", seq=seq, direct=True)).data or b"" for seq in range(1, last + 1)]
+    return make_pki(tmp_path_factory.mktemp("pki"))
 
 
 async def refused(call: Awaitable[Any], nc: Client) -> None:
@@ -199,7 +94,7 @@ async def test_killed_servers_come_back_on_their_ports_with_their_content(tmp_pa
 
 
 async def test_children_die_with_a_killed_supervisor_and_the_ledger_does_not(tmp_path: Path, pki: Path) -> None:
-    command = [sys.executable, __file__, str(tmp_path), str(pki)]
+    command = [sys.executable, embedded_servers.__file__, str(tmp_path), str(pki)]
     supervisor = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert supervisor.stdout is not None
     pids = json.loads(await asyncio.wait_for(supervisor.stdout.readline(), PATIENCE))
@@ -300,10 +195,13 @@ async def test_validator_cosigns_as_itself_and_answers_for_receipts(tmp_path: Pa
         await make_streams(pki, server)
         async with connected(pki, server, "validator-1") as one, connected(pki, server, "coordinator") as asker:
             js = one.jetstream(timeout=0.5)
+            live = await asker.subscribe("ledger.checkpoint.>")
+            await asker.flush()
             for size in range(70):
                 await js.publish("ledger.checkpoint.validator-1", str(size).encode())
             state = (await js.stream_info("CHECKPOINTS")).state
             assert (state.messages, state.last_seq) == (64, 70)
+            assert [(await live.next_msg(timeout=3)).data for _ in range(70)] == [b"%d" % size for size in range(70)]
             for subject in ("ledger.checkpoint.validator-2", "ledger.frame.coordinator.x"):
                 await refused(js.publish(subject, b"forged"), one)
 
@@ -313,6 +211,30 @@ async def test_validator_cosigns_as_itself_and_answers_for_receipts(tmp_path: Pa
             await one.subscribe("ledger.receipt.validator-1", cb=answer)
             await one.flush()
             assert (await asker.request("ledger.receipt.validator-1", b"7", timeout=3)).data == b"receipt"
+
+
+async def test_reader_cannot_have_the_server_write_in_another_ones_name(tmp_path: Path, pki: Path) -> None:
+    """The server answers to any reply subject, so within one account a reader could choose where its answers land."""
+    async with Supervisor(tmp_path) as supervisor:
+        server = ledger(tmp_path, pki)
+        await supervisor.start(server.child)
+        await make_streams(pki, server)
+        await enter(pki, server, b"honest")
+        async with connected(pki, server, "validator-2") as nc:
+            config = {"name": "mirror", "ack_policy": "none", "deliver_policy": "all"}
+            pushing = config | {"name": "pushing", "deliver_subject": "ledger.checkpoint.validator-1"}
+            for body in (config, pushing):
+                call = f"$JS.API.CONSUMER.CREATE.LEDGER.{body['name']}"
+                made = await nc.request(call, json.dumps({"stream_name": "LEDGER", "config": body}).encode(), timeout=3)
+                assert b'"error"' not in made.data
+            for victim in ("ledger.frame.coordinator.x", "ledger.checkpoint.validator-1"):
+                await nc.publish("$JS.API.DIRECT.GET.LEDGER", b'{"seq":1}', reply=victim)
+                await nc.publish("$JS.API.CONSUMER.MSG.NEXT.LEDGER.mirror", b"1", reply=victim)
+                await nc.publish("$JS.API.STREAM.INFO.LEDGER", b"", reply=victim)
+            own = await nc.jetstream().publish("ledger.checkpoint.validator-2", b"own")
+            assert own.seq == 1
+        await enter(pki, server, b"next")
+        assert await frames(pki, server) == [b"honest", b"next"]
 
 
 async def test_strangers_and_the_certificateless_are_refused(tmp_path: Path, pki: Path) -> None:
@@ -365,59 +287,6 @@ async def test_ledger_stream_cannot_be_thinned_even_by_its_maker(tmp_path: Path,
                 await ensure_ledger_stream(admin)
 
 
-def python_child(tmp_path: Path, code: str, **more: Any) -> Child:
-    prelude = "import os, signal, sys, time; from coordinator.embedded.ready import notify_ready\n"
-    return Child("ours", (sys.executable, "-c", prelude + code), tmp_path / "ours.log", **more)
-
-
-async def test_own_process_reports_facts_and_is_restarted_with_growing_delays(tmp_path: Path) -> None:
-    events = Events()
-    async with Supervisor(tmp_path, events) as supervisor:
-        child = python_child(tmp_path, "notify_ready(port=7); sys.exit(3)", env={"PYTHONPATH": os.getcwd()})
-        assert await supervisor.start(child) == {"port": 7}
-        assert (await events.wait_for("ours", "exited")).code == 3
-        await events.wait_for("ours", "restarting", text="code 3; next start in 0.2 s")
-        await events.wait_for("ours", "restarting", text="code 3; next start in 0.4 s")
-
-
-async def test_child_that_cannot_start_is_reported_with_its_last_words(tmp_path: Path) -> None:
-    async with Supervisor(tmp_path) as supervisor:
-        with pytest.raises(UnavailableError, match=r"exited with code 1 before it was ready(.|\n)*no such model"):
-            await supervisor.start(python_child(tmp_path, "sys.exit('no such model')"))
-        with pytest.raises(UnavailableError, match=r"not ready within 0\.3 s"):
-            await supervisor.start(python_child(tmp_path, "time.sleep(60)", ready_within=0.3))
-        with pytest.raises(UnavailableError, match="cannot run /no/such/program"):
-            await supervisor.start(Child("ours", ("/no/such/program",), tmp_path / "ours.log"))
-        assert supervisor.pids() == {}
-
-
-async def test_child_deaf_to_sigterm_is_killed_after_its_grace(tmp_path: Path) -> None:
-    events = Events()
-    async with Supervisor(tmp_path, events) as supervisor:
-        deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); notify_ready(); time.sleep(60)"
-        await supervisor.start(python_child(tmp_path, deaf, grace=0.2))
-    assert (await events.wait_for("ours", "exited")).code == -signal.SIGKILL
-
-
-def test_alarms_are_followed_through_a_rotation_and_a_flood(tmp_path: Path) -> None:
-    log = tmp_path / "nats.log"
-    log.write_text("[ERR] of an earlier run\n")
-    tail = LogTail(log)
-    with log.open("a") as file:
-        file.write("[INF] fine\n[ERR] one\n[WRN] half")
-        file.flush()
-        assert tail.poll() == ["[ERR] one"]
-        file.write(" and half\n")
-    log.rename(tmp_path / "nats.log.2026")
-    log.write_text("[ERR] in the new file\n")
-    assert tail.poll() == ["[WRN] half and half", "[ERR] in the new file"]
-    with log.open("a") as file:
-        file.write("[ERR] flood\n" * 60)
-    told = tail.poll()
-    assert (len(told), told[-1]) == (50, f"... and 11 more lines, see {log}")
-    tail.close()
-
-
 def test_old_server_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old = tmp_path / "nats-server"
     old.write_text("#!/bin/sh\necho nats-server: v2.11.6\n")
@@ -426,19 +295,3 @@ def test_old_server_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=r"v2\.11\.6, expected nats-server >= 2\.15\.1"):
         find_nats_server()
-
-
-async def serve(state: Path, pki: Path) -> None:
-    """A supervisor of both servers with one frame entered; prints the children's pids and waits to be killed."""
-    async with Supervisor(state) as supervisor:
-        servers = [broker(state, pki), ledger(state, pki)]
-        for server in servers:
-            await supervisor.start(server.child)
-        await make_streams(pki, servers[1])
-        await enter(pki, servers[1], b"before the kill")
-        print(json.dumps(list(supervisor.pids().values())), flush=True)
-        await asyncio.Event().wait()
-
-
-if __name__ == "__main__":
-    asyncio.run(serve(Path(sys.argv[1]), Path(sys.argv[2])))

@@ -122,7 +122,7 @@ def slow(size: int = 128) -> bytes:
         ],
         [value("i", INT64, []), value("c", BOOL, []), value("v", FLOAT, [size, size])],
         [value("c_out", BOOL, []), value("v_out", FLOAT, [size, size])],
-        [tensor("low", np.float32(-1).reshape(())), tensor("high", np.float32(1).reshape(()))],
+        [tensor("low", np.array(-1, np.float32)), tensor("high", np.array(1, np.float32))],
     )
     return model(
         graph(

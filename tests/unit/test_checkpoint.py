@@ -176,7 +176,7 @@ BAD_CHECKPOINTS = {
     "negative": f"o\n-5\n{ROOT}\n",
     "space": f"o\n 5\n{ROOT}\n",
     "underscore": f"o\n1_0\n{ROOT}\n",
-    "other script's digits": f"o\n٥\n{ROOT}\n",
+    "other script's digits": f"o\n1٥\n{ROOT}\n",
     "empty size": f"o\n\n{ROOT}\n",
     "2^63": f"o\n{2**63}\n{ROOT}\n",
     "five thousand digits": f"o\n{'9' * 5000}\n{ROOT}\n",

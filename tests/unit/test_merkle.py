@@ -181,6 +181,16 @@ def test_a_rewritten_past_leaf_has_no_consistency_proof() -> None:
             merkle.verify_consistency(size1, 33, proof, root1, root2)
 
 
+def test_a_size_that_understates_the_tree_is_noticed_by_the_length_of_the_proof() -> None:
+    store = Store(LEAVES[:4])
+    root, last = merkle.root(4, store.get), merkle.leaf_hash(LEAVES[3])
+    with pytest.raises(ProofError, match="too many"):
+        merkle.verify_inclusion(0, 1, last, merkle.inclusion_proof(3, 4, store.get), root)
+    roots = [merkle.root(size, store.get) for size in range(5)]
+    with pytest.raises(ProofError, match="too many"):
+        merkle.verify_consistency(2, 3, [*merkle.consistency_proof(2, 4, store.get), last], roots[2], roots[4])
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_one_flipped_bit_anywhere_spoils_an_inclusion_proof(data: st.DataObject) -> None:

@@ -1,0 +1,137 @@
+"""Answer: a request's calls are gathered, combined by the gate's weights, committed, and given to the client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from bmoe.ledger.rules.combine import Choices, combine
+from bmoe.protocol.errors import BmoeError
+from bmoe.protocol.keys import Signer
+from bmoe.protocol.messages import Promise, seal_header
+from bmoe.protocol.tensors import take_rows
+from coordinator.commit import Committer, Result, commit_result
+from coordinator.gate import Gate, Routing
+from coordinator.jobs import Accepted, Call, Counter, Request
+from coordinator.share import Sharer
+
+log = structlog.get_logger("answer")
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a client is told."""
+
+    request: Request
+    result: Result
+    tasks: tuple[bytes, ...]
+    stage: str
+    promise: bytes
+
+
+@dataclass
+class Answers:
+    """How many requests have been answered, by how far they had to get, and how many could not be."""
+
+    decided: int = 0
+    entered: int = 0
+    failed: int = 0
+    rows: int = 0
+
+
+class Answerer:
+    """Takes a request through gate, experts, combination and commitment."""
+
+    def __init__(
+        self,
+        gate: Gate,
+        sharer: Sharer,
+        committer: Committer,
+        signer: Signer,
+        common: dict[str, object],
+        promise_ms: int,
+        final: Callable[[int, bytes], Awaitable[None]],
+    ) -> None:
+        self._gate, self._sharer, self._committer = gate, sharer, committer
+        self._signer, self._common, self._promise_ms, self._final = signer, common, promise_ms, final
+        self._counter = Counter()
+        self._entering: set[asyncio.Future[None]] = set()
+        self.count = Answers()
+
+    async def answer(self, request: Request) -> Answered:
+        """The verified answer, once it has got as far as the client waits for; raises BmoeError when there is none."""
+        try:
+            routing = await self._gate.score(request)
+            choices, tasks = await self._gather(request, routing)
+        except BmoeError:
+            self.count.failed += 1
+            raise
+        model = request.model
+        tensors = combine(model.statement.combine, choices, [a.tensors for a in tasks], model.batch)
+        result = commit_result(request, tensors)
+        ids = tuple(a.task for a in tasks)
+        promise = self._promise(request, result, ids)
+        entering = asyncio.ensure_future(self._committer.answer(request, choices, tasks, result))
+        self._watch(request, entering)
+        self.count.decided += 1
+        self.count.rows += request.rows
+        if request.wait != "decided":
+            position = await asyncio.shield(entering)
+            if request.wait == "final":
+                await self._final(position, request.id)
+        return Answered(request, result, ids, request.wait, promise)
+
+    async def _gather(self, request: Request, routing: Routing) -> tuple[Choices, list[Accepted]]:
+        """Send each activated expert its rows; where each choice's value is to be found."""
+        calls: list[tuple[int, list[int], Call]] = []
+        for index in sorted(set(routing.experts.reshape(-1).tolist())):
+            rows = routing.rows_of(index) if request.model.batch else [0]
+            inputs = tuple(take_rows(t, rows) for t in request.tensors) if request.model.batch else request.tensors
+            call = Call(request.tenant, request.model.experts[index], request.policy, inputs, len(rows))
+            calls.append((index, rows, call))
+            self._sharer.add(call)
+        done = await asyncio.gather(*(call.done for _, _, call in calls))
+        tasks: list[Accepted] = []
+        task_index, task_rows = np.zeros_like(routing.experts), np.zeros_like(routing.experts)
+        for (index, rows, _), (accepted, first) in zip(calls, done, strict=True):
+            if accepted not in tasks:
+                tasks.append(accepted)
+            where = np.argwhere(routing.experts[rows] == index)
+            for place, choice in where:
+                task_index[rows[place], choice] = tasks.index(accepted)
+                task_rows[rows[place], choice] = first + place
+        return Choices(routing.experts, routing.weights, task_index, task_rows), tasks
+
+    def _promise(self, request: Request, result: Result, tasks: tuple[bytes, ...]) -> bytes:
+        header = Promise(
+            **self._common,
+            seq=self._counter.next(),
+            request=request.id,
+            request_root=result.request_root,
+            result_root=result.root,
+            tasks=tasks,
+            deadline_ms=time.time_ns() // 1_000_000 + self._promise_ms,
+        )
+        return seal_header(self._signer, header)
+
+    def _watch(self, request: Request, entering: asyncio.Future[int]) -> None:
+        async def watch() -> None:
+            try:
+                await entering
+                self.count.entered += 1
+            except BmoeError as error:
+                log.error("answer_not_entered", request=request.id.hex(), error=str(error))
+
+        task = asyncio.ensure_future(watch())
+        self._entering.add(task)
+        task.add_done_callback(self._entering.discard)
+
+    async def settle(self) -> None:
+        """Wait until every answer given is on the ledger: what a clean stop owes its clients."""
+        if self._entering:
+            await asyncio.wait(self._entering)

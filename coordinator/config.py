@@ -1,0 +1,66 @@
+"""The gateway's one typed configuration: flags of `bmoe up`, BMOE_* variables, and gateway.toml, in that order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from bmoe.protocol.errors import ConfigError
+
+
+class GatewaySettings(BaseSettings):
+    """Every setting of a gateway, with its default. Unknown keys in gateway.toml are refused."""
+
+    model_config = SettingsConfigDict(env_prefix="BMOE_", extra="forbid", frozen=True)
+
+    state: Path = Field(Path("./state"), description="The one directory that everything is kept in.")
+    host: str = Field("127.0.0.1", description="Address that agents reach: broker and fleet HTTPS listen here.")
+    public_hosts: tuple[str, ...] = Field(
+        (), description="Further host names and addresses that agents may dial; they go into the server certificate."
+    )
+    mqtt_port: int = Field(
+        0, ge=0, le=65535, description="Broker port for agents; 0 takes a free one and remembers it."
+    )
+    fleet_port: int = Field(0, ge=0, le=65535, description="HTTPS port for joining and fetching; 0 takes a free one.")
+    api_host: str = Field("127.0.0.1", description="Address that the inference API listens on (plain HTTP).")
+    api_port: int = Field(0, ge=0, le=65535, description="Port of the inference API; 0 takes a free one.")
+    models: tuple[str, ...] = Field(("wearable",), description="Built-in models, or folders with a model.json.")
+    policy: str = Field("referee", description="Policy for requests that name none: referee, quorum, full, single.")
+    window_ms: float = Field(2.0, ge=0, le=1000, description="How long calls of one tenant wait to share a task.")
+    batch_rows: int = Field(64, ge=1, le=1024, description="Most rows in one task.")
+    request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")
+    body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body.")
+    requests_waiting: int = Field(1024, ge=1, description="Requests in work at once; more are refused with 503.")
+    task_timeout_ms: int = Field(10_000, ge=50, le=600_000, description="How long an agent has for a task.")
+    hedge_min_ms: int = Field(200, ge=1, description="Never ask another agent sooner than this after the first.")
+    referee_timeout_ms: int = Field(10_000, ge=50, description="How long a re-execution may take.")
+    promise_ms: int = Field(30_000, ge=1000, description="Deadline promised for the entry of a decided answer.")
+    referee_memory_mb: int = Field(1024, ge=128, description="Memory bound of the referee's and the gate's process.")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        state = init_settings.init_kwargs.get("state") or os.environ.get("BMOE_STATE") or "./state"  # type: ignore[attr-defined]
+        toml = TomlConfigSettingsSource(settings_cls, Path(state) / "gateway.toml")
+        return init_settings, env_settings, toml
+
+
+def load_settings(**overrides: Any) -> GatewaySettings:
+    """The settings in force; raises ConfigError with one line a fault."""
+    try:
+        return GatewaySettings(**{k: v for k, v in overrides.items() if v is not None})
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
+        raise ConfigError(f"settings: {faults}") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"settings: gateway.toml cannot be read: {error}") from error

@@ -1,0 +1,322 @@
+"""Decide: one job from its open slot to its verdict. Drives the collection machine and does what it says."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import structlog
+
+from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY
+from bmoe.ledger.rules.outputs import tolerances_of
+from bmoe.ledger.rules.policies import Decision, policy_named
+from bmoe.ledger.rules.policies.ballot import UNUSABLE
+from bmoe.ledger.rules.standing import Standing
+from bmoe.ledger.rules.state import State
+from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.messages import Output, Sealed
+from coordinator.collect import Collection, Do, Received
+from coordinator.commit import Committer
+from coordinator.dispatch import Dispatcher
+from coordinator.fleet import Fleet
+from coordinator.jobs import Accepted, Job
+from coordinator.receive import receive_output
+from coordinator.referee import Referee
+from coordinator.route import choose_agents
+
+log = structlog.get_logger("decide")
+CLOSED_KEPT = 4096
+STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long things may take, in seconds."""
+
+    task_s: float
+    hedge_min_s: float
+    referee_s: float
+
+
+@dataclass
+class Tally:
+    """What has been done so far, for operators and the demo."""
+
+    tasks: int = 0
+    outputs: int = 0
+    undecided: int = 0
+    hedges: int = 0
+    late: int = 0
+    refused_outputs: int = 0
+
+
+@dataclass
+class _Running:
+    """A job whose verdict is still to come."""
+
+    job: Job
+    collection: Collection
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A job just decided: late outputs are still compared with it."""
+
+    job: Job
+    received: dict[str, bytes]
+    accepted: Accepted | None
+
+
+class Decider:
+    """Runs jobs. One instance a coordinator."""
+
+    def __init__(
+        self,
+        state: State,
+        fleet: Fleet,
+        dispatcher: Dispatcher,
+        referee: Referee,
+        committer: Committer,
+        timing: Timing,
+        spawn: Callable[[Awaitable[None]], object],
+    ) -> None:
+        self._state, self._fleet, self._dispatcher = state, fleet, dispatcher
+        self._referee, self._committer, self._timing = referee, committer, timing
+        self._spawn = spawn
+        self._random = random.SystemRandom()
+        self._running: dict[bytes, _Running] = {}
+        self._done: OrderedDict[bytes, _Done] = OrderedDict()
+        self.tally = Tally()
+
+    def start(self, job: Job, only: str | None = None) -> None:
+        """Run a job in the background; `only` names the one agent to ask (diagnosis)."""
+        self._spawn(self._run(job, only))
+
+    @property
+    def running(self) -> int:
+        """Jobs under way."""
+        return len(self._running)
+
+    def on_output(self, sealed: Sealed[Output]) -> None:
+        """A verified output of an agent: counted if its task is open and it was asked; compared if it is late."""
+        agent, task = sealed.header.author, sealed.header.task
+        running = self._running.get(task)
+        if running is None:
+            self._on_late(sealed)
+            return
+        collection = running.collection
+        if agent not in collection.assigned:
+            self._refuse(agent, task, "it was not given this task")
+            return
+        known = collection.received.get(agent)
+        if known is not None:
+            if known.envelope != sealed.raw:
+                self._equivocated(agent, task, known.envelope, sealed.raw)
+            return
+        received = receive_output(sealed, running.job.binding, running.job.expert)
+        collection.received[agent] = received
+        presence = self._fleet.of(agent)
+        presence.load = max(0, presence.load - 1)
+        self._fleet.answered(agent, running.job.expert.digest, time.monotonic() - collection.assigned[agent])
+        self.tally.outputs += 1
+        running.wake.set()
+
+    def on_refusal(self, agent: str, task: bytes, reason: str, detail: str) -> None:
+        """An agent will not answer: ask another."""
+        running = self._running.get(task)
+        if running is None or agent not in running.collection.assigned or agent in running.collection.received:
+            return
+        log.info("task_refused", agent=agent, task=task.hex(), reason=reason, detail=detail)
+        running.collection.refused[agent] = reason
+        self._fleet.of(agent).load = max(0, self._fleet.of(agent).load - 1)
+        running.wake.set()
+
+    async def _run(self, job: Job, only: str | None) -> None:
+        policy = policy_named(job.policy)
+        p95 = self._fleet.p95(job.expert.digest)
+        hedge_s = max(self._timing.hedge_min_s, 2 * p95) if p95 is not None else max(1.0, self._timing.hedge_min_s)
+        deadline = time.monotonic() + self._timing.task_s
+        running = _Running(job, Collection(policy, tolerances_of(job.expert), deadline, hedge_s))
+        self._running[job.task] = running
+        self.tally.tasks += 1
+        try:
+            await self._committer.opened(job)
+            kept = asyncio.ensure_future(self._keep(job))
+            decision, as_of = await self._drive(running, only)
+            await kept
+            await self._close(running, decision, as_of)
+        except BmoeError as error:
+            log.error("task_failed", task=job.task.hex(), error=str(error))
+            _fail(job, error)
+        finally:
+            self._release(running)
+
+    async def _keep(self, job: Job) -> None:
+        message = self._dispatcher.task_message(job, "coordinator", int(self._timing.task_s * 1000))
+        await self._committer.keep_input(job.task, message)
+
+    async def _drive(self, running: _Running, only: str | None) -> tuple[Decision, int]:
+        """Do what the machine says until it closes; its decision, and the ledger size its standings were read at."""
+        collection, job = running.collection, running.job
+        self._ask_first(running, only)
+        while True:
+            now = time.monotonic()
+            as_of = self._state.size
+            ballot = collection.ballot(self._state.standing, lambda a: self._state.members[a].owner, now)
+            step = collection.step(ballot, now)
+            if step.do is Do.CLOSE and step.decision is not None:
+                return step.decision, as_of
+            if step.do is Do.ASK:
+                self.tally.hedges += 1
+                self._ask(running, step.count)
+            elif step.do is Do.RESEND:
+                for agent in collection.pending():
+                    self._dispatcher.send(agent, self._message(job, agent))
+            elif step.do is Do.REFEREE:
+                await self._re_execute(running)
+            else:
+                await _wait(running.wake, step.until - now)
+                running.wake.clear()
+
+    def _ask_first(self, running: _Running, only: str | None) -> None:
+        if only is not None:
+            self._send(running, [only], 1)
+            running.collection.exhausted = True
+            return
+        eligible = len(self._fleet.eligible(()))
+        wanted = running.collection.policy.replicas(eligible)
+        self._ask(running, max(wanted, 1))
+
+    def _ask(self, running: _Running, count: int) -> None:
+        collection = running.collection
+        policy = collection.policy
+        eligible = self._fleet.eligible(collection.assigned)
+        owners = [self._state.members[a].owner for a in collection.assigned]
+        chosen = choose_agents(
+            eligible, count, self._random, taken_owners=owners, distinct_owners=policy.distinct_owners
+        )
+        self._send(running, chosen, count)
+
+    def _send(self, running: _Running, agents: list[str], wanted: int) -> None:
+        running.collection.ask(agents, wanted, time.monotonic())
+        for agent in agents:
+            self._fleet.of(agent).load += 1
+            self._dispatcher.send(agent, self._message(running.job, agent))
+
+    def _message(self, job: Job, agent: str) -> bytes:
+        return self._dispatcher.task_message(job, agent, int(self._timing.task_s * 1000))
+
+    async def _re_execute(self, running: _Running) -> None:
+        job = running.job
+        try:
+            running.collection.referee = await self._referee.execute(
+                job.binding, job.expert, job.inputs, self._timing.referee_s
+            )
+        except BmoeError as error:
+            running.collection.referee_failed = str(error)
+            log.error("referee_failed", task=job.task.hex(), expert=job.expert.expert_name, error=str(error))
+
+    async def _close(self, running: _Running, decision: Decision, as_of: int) -> None:
+        """Hand the value to whoever waits, then enter the verdict, then tell the agents."""
+        job, collection = running.job, running.collection
+        accepted = _accepted(job, collection, decision)
+        received = {a: r.envelope for a, r in collection.received.items()}
+        self._done[job.task] = _Done(job, received, accepted)
+        while len(self._done) > CLOSED_KEPT:
+            self._done.popitem(last=False)
+        self._release(running)
+        reason = collection.referee_failed or ("" if accepted else "no decision within the deadline")
+        entering = asyncio.ensure_future(self._committer.verdict(job, collection, decision, as_of, reason))
+        await asyncio.sleep(0)
+        if accepted is None:
+            self.tally.undecided += 1
+            _fail(job, UnavailableError(f"no verdict on task {job.task.hex()}: {reason}"))
+        else:
+            _deliver(job, accepted)
+        self._judge(running, decision)
+        await entering
+        self._tell(collection, decision, job.task)
+
+    def _judge(self, running: _Running, decision: Decision) -> None:
+        """Stop asking, on our own word and at once, an agent whose value a re-execution contradicts."""
+        collection = running.collection
+        for received, letter in zip(collection.received.values(), decision.stances, strict=False):
+            if letter == UNUSABLE or (letter == "d" and decision.accepted == BY_REFEREE):
+                log.warning("output_contradicted", agent=received.author, task=running.job.task.hex())
+                self._fleet.suspect(received.author)
+
+    def _tell(self, collection: Collection, decision: Decision, task: bytes) -> None:
+        outcome = "accepted" if decision.accepted != NOBODY else "undecided"
+        for received, letter in zip(collection.received.values(), decision.stances, strict=False):
+            self._dispatcher.notify(received.author, task, outcome, STANCE_WORDS[letter], received.output_root)
+
+    def _release(self, running: _Running) -> None:
+        if self._running.pop(running.job.task, None) is None:
+            return
+        for agent in running.collection.pending():
+            self._fleet.of(agent).load = max(0, self._fleet.of(agent).load - 1)
+
+    def _on_late(self, sealed: Sealed[Output]) -> None:
+        """Late outputs never alter the vote; a second, different one is proof of lying all the same."""
+        agent, task = sealed.header.author, sealed.header.task
+        done = self._done.get(task)
+        if done is None:
+            self._refuse(agent, task, "the task is unknown or long closed")
+            return
+        first = done.received.get(agent)
+        if first is None:
+            self.tally.late += 1
+            done.received[agent] = sealed.raw
+        elif first != sealed.raw:
+            self._equivocated(agent, task, first, sealed.raw)
+
+    def _equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
+        log.warning("equivocation", agent=agent, task=task.hex())
+        self._fleet.suspect(agent)
+        if self._state.standing(agent) is not Standing.REVOKED:
+            self._spawn(_entered(self._committer.equivocation(first, second)))
+
+    def _refuse(self, agent: str, task: bytes, reason: str) -> None:
+        self.tally.refused_outputs += 1
+        log.warning("output_refused", agent=agent, task=task.hex(), reason=reason)
+
+
+def _accepted(job: Job, collection: Collection, decision: Decision) -> Accepted | None:
+    if decision.accepted == NOBODY:
+        return None
+    received: Received | None
+    if decision.accepted == BY_REFEREE:
+        received = collection.referee
+    else:
+        received = list(collection.received.values())[decision.accepted]
+    return None if received is None else Accepted(job.task, received.tensors, received.opening)
+
+
+def _deliver(job: Job, accepted: Accepted) -> None:
+    row = 0
+    for call in job.calls:
+        if not call.done.done():
+            call.done.set_result((accepted, row))
+        row += call.rows
+
+
+def _fail(job: Job, error: Exception) -> None:
+    for call in job.calls:
+        if not call.done.done():
+            call.done.set_exception(error)
+
+
+async def _entered(entering: Awaitable[int]) -> None:
+    await entering
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), max(0.0, seconds))
+    except asyncio.TimeoutError:
+        pass

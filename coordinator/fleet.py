@@ -1,0 +1,134 @@
+"""The fleet as the coordinator sees it: standing from the ledger, presence and load from MQTT.
+
+The ledger is the source of truth; the TinyDB file is a view for operators, rebuilt from the ledger at every start.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tinydb import TinyDB
+from tinydb.storages import Storage
+
+from bmoe.ledger.rules.standing import Standing
+from bmoe.ledger.rules.state import State
+from bmoe.protocol.files import write_durably
+from bmoe.protocol.messages import Health, Status
+from coordinator.route import Eligible
+
+SUSPICION_S = 60.0
+LATENCIES_KEPT = 256
+VIEW_EVERY_S = 1.0
+
+
+class DurableStorage(Storage):
+    """TinyDB storage that replaces its file in one step, synced: after a crash the old view or the new one."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> dict[str, dict[str, Any]] | None:
+        """The whole content; a damaged view is no loss, for the ledger has it all: it reads as empty."""
+        try:
+            return json.loads(self._path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+
+    def write(self, data: dict[str, dict[str, Any]]) -> None:
+        """Replace the content."""
+        write_durably(self._path, json.dumps(data, separators=(",", ":"), sort_keys=True).encode(), mode=0o600)
+
+
+@dataclass
+class Presence:
+    """What MQTT tells of one agent now."""
+
+    online: bool = False
+    seen: float = 0.0
+    load: int = 0
+    status: Status | None = None
+    health: Health | None = None
+    suspected_until: float = 0.0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+
+
+class Fleet:
+    """Who may be asked, and how quick they have been."""
+
+    def __init__(self, state: State, view: Path) -> None:
+        self._state = state
+        self.presence: dict[str, Presence] = {}
+        self._latencies: dict[bytes, deque[float]] = {}
+        self._db = TinyDB(view, storage=DurableStorage)
+        self._view_at = 0.0
+
+    def of(self, agent: str) -> Presence:
+        """The presence of an agent, made when first heard of."""
+        return self.presence.setdefault(agent, Presence())
+
+    def eligible(self, exclude: Iterable[str], *, standing: tuple[Standing, ...] | None = None) -> list[Eligible]:
+        """Agents online that may take a task: in service and not under suspicion, or of the standings named."""
+        now, without = time.monotonic(), set(exclude)
+        found = []
+        for agent, presence in self.presence.items():
+            if not presence.online or agent in without:
+                continue
+            current = self._state.standing(agent)
+            wanted = current.in_service and now >= presence.suspected_until if standing is None else current in standing
+            if wanted:
+                found.append(Eligible(agent, self._state.members[agent].owner, current, presence.load))
+        return found
+
+    def suspect(self, agent: str) -> None:
+        """Stop asking an agent for a while, on our own word; its standing moves by the ledger alone."""
+        self.of(agent).suspected_until = time.monotonic() + SUSPICION_S
+
+    def answered(self, agent: str, expert: bytes, seconds: float) -> None:
+        """Note how long an agent took."""
+        self.of(agent).latencies.append(seconds)
+        self._latencies.setdefault(expert, deque(maxlen=LATENCIES_KEPT)).append(seconds)
+
+    def p95(self, expert: bytes) -> float | None:
+        """The 95th percentile of recent answers for an expert in seconds, once there are enough to tell."""
+        known = self._latencies.get(expert)
+        if known is None or len(known) < 20:
+            return None
+        return sorted(known)[int(0.95 * (len(known) - 1))]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row an agent: ledger facts and presence."""
+        return [self._row(name) for name in sorted(self._state.agents)]
+
+    def _row(self, name: str) -> dict[str, Any]:
+        record, member, presence = self._state.agents[name], self._state.members[name], self.of(name)
+        row: dict[str, Any] = {
+            "agent": name,
+            "owner": member.owner,
+            "standing": record.standing.value,
+            "clean": record.clean,
+            "refutations": record.refutations,
+            "online": presence.online,
+            "load": presence.load,
+        }
+        if presence.status is not None:
+            row |= {"board": presence.status.board, "version": presence.status.version}
+        if presence.health is not None:
+            known = set(presence.health.known)
+            names = {8: "cpu_percent", 9: "temperature_mc", 10: "memory_free_mb", 11: "throttled", 12: "queued"}
+            row |= {n: getattr(presence.health, n) for k, n in names.items() if k in known}
+        return row
+
+    def save_view(self, force: bool = False) -> None:
+        """Write the operators' view, at most once a second."""
+        now = time.monotonic()
+        if not force and now - self._view_at < VIEW_EVERY_S:
+            return
+        self._view_at = now
+        rows = self.table()
+        self._db.storage.write({"_default": {str(i + 1): row for i, row in enumerate(rows)}})

@@ -1,0 +1,114 @@
+"""What travels through the coordinator: requests, their calls on experts, and the jobs (tasks) that calls share."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from bmoe.ledger.rules.outputs import Binding
+from bmoe.protocol.messages import ModelRelease, Release
+from bmoe.protocol.tensors import Tensor
+
+WAITS = ("decided", "committed", "final")
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as the ledger has released it: its statement, its gate's release if it has one, its experts' releases."""
+
+    statement: ModelRelease
+    gate: Release | None
+    experts: tuple[Release, ...]
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.statement.model
+
+    @property
+    def batch(self) -> bool:
+        """Whether axis 0 of every tensor is the row axis."""
+        return self.experts[0].batch
+
+
+@dataclass(frozen=True)
+class Request:
+    """One accepted inference request. `wait` says how far its verdicts must have got before the client is answered."""
+
+    id: bytes
+    tenant: str
+    model: ServedModel
+    tensors: tuple[Tensor, ...]
+    rows: int
+    policy: str
+    wait: str
+    client_id: str
+    received_ms: int
+    outputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A job's accepted value: its tensors, the attachment that opens it, and the row at which a call's rows begin."""
+
+    task: bytes
+    tensors: tuple[Tensor, ...]
+    opening: bytes
+
+
+@dataclass
+class Call:
+    """Some rows of one request for one expert. `done` gives the job's accepted value and this call's first row in it."""
+
+    tenant: str
+    expert: Release
+    policy: str
+    tensors: tuple[Tensor, ...]
+    rows: int
+    done: asyncio.Future[tuple[Accepted, int]] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task: the calls that share it, in row order, and what every output must be bound to."""
+
+    binding: Binding
+    model: str
+    expert: Release
+    policy: str
+    inputs: tuple[Tensor, ...]
+    salt: bytes
+    calls: tuple[Call, ...]
+    opened_at: float
+
+    @property
+    def task(self) -> bytes:
+        """The task id."""
+        return self.binding.task
+
+
+def new_task_id() -> bytes:
+    """16 bytes: 6 of time in ms, so that no id is ever opened twice, and 10 of randomness."""
+    return (time.time_ns() // 1_000_000).to_bytes(6, "big") + os.urandom(10)
+
+
+class Counter:
+    """A sequence that grows over restarts too: microseconds of the clock, and always more than the last."""
+
+    def __init__(self) -> None:
+        self._last = 0
+
+    def next(self) -> int:
+        """The next number."""
+        self._last = max(self._last + 1, time.time_ns() // 1000)
+        return self._last
+
+
+def total_bytes(tensors: Sequence[Tensor]) -> int:
+    """The size of some tensors."""
+    return sum(len(t.data) for t in tensors)
