@@ -79,12 +79,21 @@ class StateLayout:
 
 @dataclass(frozen=True)
 class LedgerId:
-    """Which ledger this gateway writes: 16-byte id, epoch, origin, registrar's public key."""
+    """Which ledger this gateway writes and who may write it: the public keys of its registrar and processes.
+
+    `authors` maps coordinator and validator names to their 32-byte Ed25519 public keys.
+    """
 
     ledger: bytes
     epoch: int
     origin: str
     registrar: bytes
+    authors: dict[str, bytes]
+
+    @property
+    def validators(self) -> dict[str, bytes]:
+        """The validators' keys by name."""
+        return {n: k for n, k in self.authors.items() if n.startswith("validator-")}
 
     def to_json(self) -> bytes:
         """The file's content."""
@@ -93,18 +102,19 @@ class LedgerId:
             "epoch": self.epoch,
             "origin": self.origin,
             "registrar": self.registrar.hex(),
+            "authors": {name: key.hex() for name, key in self.authors.items()},
         }
-        return json.dumps(facts, indent=1).encode()
+        return json.dumps(facts, indent=1).encode() + b"\n"
 
     @classmethod
     def load(cls, path: Path) -> LedgerId:
         """Read it back; raises ConfigError when it is absent or damaged."""
         try:
             facts = json.loads(path.read_bytes())
-            return cls(
-                bytes.fromhex(facts["ledger"]), facts["epoch"], facts["origin"], bytes.fromhex(facts["registrar"])
-            )
+            keys = {name: bytes.fromhex(key) for name, key in facts["authors"].items()}
+            registrar = bytes.fromhex(facts["registrar"])
+            return cls(bytes.fromhex(facts["ledger"]), int(facts["epoch"]), str(facts["origin"]), registrar, keys)
         except FileNotFoundError as missing:
             raise ConfigError(f"{path} is missing: this state directory was never brought up") from missing
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged: {error!r}") from error

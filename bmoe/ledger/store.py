@@ -1,7 +1,7 @@
 """A validator's replica in SQLite: its Merkle log, what it has promised to sign, and what receipts are made of.
 
 Order of work: `append` in memory; `commit` writes leaves, nodes, frame digests and the roots to be signed in one
-transaction; only then is a root signed, and `keep_note` adds the note. A crash before the commit leaves nothing; one
+transaction; only then is a root signed, and `keep_notes` adds the note. A crash before the commit leaves nothing; one
 after it leaves roots without a note, which the restart signs again: the same root, so nothing contradicts.
 """
 
@@ -108,8 +108,8 @@ class Store:
         if position != self.next_position:
             raise LedgerError(f"the replica expects position {self.next_position}, position {position} came")
         first, wanted = self._frontier.size, set(ticks)
-        entries = [parse_or_none(leaf) for leaf in leaves]
-        rejected = any(entry is None or isinstance(entry, Rejected) for entry in entries)
+        entries = [parse_entry(leaf) for leaf in leaves]
+        rejected = any(isinstance(entry, Rejected) for entry in entries)
         self._frames.append((position, hashlib.sha256(data).digest(), first, len(leaves), int(rejected)))
         for leaf, entry in zip(leaves, entries, strict=True):
             self._leaves.append((self._frontier.size, leaf))
@@ -121,11 +121,6 @@ class Store:
         self._openings.update(openings)
         self._pending_bytes += sum(map(len, openings.values()))
         self.next_position += 1
-
-    @property
-    def pending(self) -> int:
-        """How many leaves wait for a commit; at most a few thousand, if the caller commits when `full`."""
-        return len(self._leaves)
 
     @property
     def full(self) -> bool:
@@ -141,11 +136,10 @@ class Store:
             db.executemany("INSERT INTO frames VALUES (?, ?, ?, ?, ?)", self._frames)
             rows = [(kind, name, idx) for (kind, name), idx in self._found.items()]
             db.executemany("INSERT OR IGNORE INTO found VALUES (?, ?, ?)", rows)
-            db.executemany("INSERT OR IGNORE INTO openings (digest, data) VALUES (?, ?)", self._openings.items())
+            kept = self._write_openings()
             for size, root in self._roots.items():
                 self._promise(size, root)
-            kept = self._prune_openings()
-            db.execute("UPDATE checkpoints SET note = NULL WHERE size <= ? AND note IS NOT NULL", (self._note_floor(),))
+            self._drop_old_notes()
         fresh = sorted(self._roots.items())
         self._kept = kept
         self.size, self.position = self._frontier.size, self.next_position - 1
@@ -165,10 +159,15 @@ class Store:
         query = "SELECT size, root FROM checkpoints WHERE size > ? ORDER BY size"
         return self._db.execute(query, (self.signed_size() or 0,)).fetchall()
 
-    def keep_note(self, size: int, note: str) -> None:
-        """Keep the signed note of a promised size."""
+    def keep_notes(self, notes: Sequence[tuple[int, str]]) -> None:
+        """Keep the signed notes (size, text) of promised sizes."""
         with self._transaction():
-            self._db.execute("UPDATE checkpoints SET note = ? WHERE size = ?", (note, size))
+            self._db.executemany("UPDATE checkpoints SET note = ? WHERE size = ?", [(n, size) for size, n in notes])
+
+    def last_notes(self, count: int) -> list[tuple[int, str]]:
+        """The newest signed notes (size, text), smallest size first."""
+        query = "SELECT size, note FROM checkpoints WHERE note IS NOT NULL ORDER BY size DESC LIMIT ?"
+        return self._db.execute(query, (count,)).fetchall()[::-1]
 
     def note(self, size: int) -> str | None:
         """The signed note of exactly this size, if it was signed and is still kept."""
@@ -270,23 +269,26 @@ class Store:
             raise LedgerForkError(f"size {size} comes after size {last} was promised: sizes only grow")
         self._db.execute("INSERT INTO checkpoints VALUES (?, ?, NULL)", (size, root))
 
-    def _note_floor(self) -> int:
+    def _drop_old_notes(self) -> None:
+        """Forget checkpoints far behind: no size below the last promised is ever promised anew, known or not."""
         query = "SELECT size FROM checkpoints ORDER BY size DESC LIMIT 1 OFFSET ?"
         row = self._db.execute(query, (NOTES_KEPT,)).fetchone()
-        return row[0] if row else -1
+        if row is not None:
+            self._db.execute("DELETE FROM checkpoints WHERE size <= ?", row)
 
-    def _prune_openings(self) -> tuple[int, int]:
-        """Drop the oldest openings until count and bytes are within their limits."""
-        added = self._db.execute("SELECT changes()")
-        added.fetchone()
-        count, size = self._kept[0] + len(self._openings), self._kept[1] + sum(map(len, self._openings.values()))
+    def _write_openings(self) -> tuple[int, int]:
+        """Add openings, then drop the oldest until count and bytes are within their limits; returns both."""
+        count, size = self._kept
+        for digest, data in self._openings.items():
+            query = "INSERT OR IGNORE INTO openings (digest, data) VALUES (?, ?)"
+            if self._db.execute(query, (digest, data)).rowcount == 1:
+                count, size = count + 1, size + len(data)
         most, heaviest = self._limits
         while count > most or size > heaviest:
-            row = self._db.execute("SELECT id, LENGTH(data) FROM openings ORDER BY id LIMIT 1").fetchone()
-            if row is None:
-                return 0, 0
-            self._db.execute("DELETE FROM openings WHERE id = ?", (row[0],))
-            count, size = count - 1, size - row[1]
+            query = "SELECT id, LENGTH(data) FROM openings ORDER BY id LIMIT 1"
+            oldest, length = self._db.execute(query).fetchone()
+            self._db.execute("DELETE FROM openings WHERE id = ?", (oldest,))
+            count, size = count - 1, size - length
         return count, size
 
     @contextmanager
@@ -309,11 +311,6 @@ class Store:
             raise LedgerError(f"replica {self.path}: {error}{hint}") from error
         except sqlite3.Error as error:
             raise LedgerError(f"replica {self.path} is damaged: {error}") from error
-
-
-def parse_or_none(leaf: bytes) -> Entry | None:
-    """The typed entry of a leaf that the rules made; None for a type that this version does not know."""
-    return parse_entry(leaf)
 
 
 def index_names(entry: Entry | None) -> list[tuple[str, bytes]]:

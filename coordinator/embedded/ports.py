@@ -53,6 +53,14 @@ def claim_ports(state_dir: Path, wanted: Mapping[str, Listen]) -> dict[str, int]
     return result
 
 
+def read_ports(state_dir: Path) -> dict[str, int]:
+    """The ports in use under `state_dir`, by name; raises ConfigError when it was never brought up or is damaged."""
+    ports = _read(state_dir / FILE)
+    if not ports:
+        raise ConfigError(f"{state_dir} holds no {FILE}: bring the gateway up first (bmoe up)")
+    return ports
+
+
 def _read(path: Path) -> dict[str, int]:
     try:
         data = json.loads(path.read_bytes())

@@ -104,7 +104,9 @@ class Authority:
         """SHA-256 of the CA certificate's DER: what a join token carries."""
         return self.certificate.fingerprint(hashes.SHA256())
 
-    def issue_device(self, csr: x509.CertificateSigningRequest, name: str, now: datetime.datetime | None = None) -> bytes:
+    def issue_device(
+        self, csr: x509.CertificateSigningRequest, name: str, now: datetime.datetime | None = None
+    ) -> bytes:
         """A client certificate in PEM, subject CN=`name`, for the key of a request that `check_csr` passed; 30 days."""
         if not is_name(name):
             raise MessageError(f"a device is named by 1..64 characters a-z 0-9 -, found {name!r}")

@@ -152,7 +152,9 @@ class Enroller:
         await self._ledger.enter((MemberEntry, {"statement": statement}))
         known = self._directory.find(applicant.name)
         if known is None or known.statement != statement:
-            raise LedgerError(f"the ledger did not accept {applicant.name}: its log has a rejected entry with the reason")
+            raise LedgerError(
+                f"the ledger did not accept {applicant.name}: its log has a rejected entry with the reason"
+            )
         return known
 
     def renew(self, known: Known, pem: str) -> bytes:
@@ -161,7 +163,9 @@ class Enroller:
         key = csr.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
         if spki_digest(key) != known.spki:
-            raise RefusedError(f"{known.name} renews with the TLS key that it enrolled with: a new key needs a new token")
+            raise RefusedError(
+                f"{known.name} renews with the TLS key that it enrolled with: a new key needs a new token"
+            )
         if known.role == "agent":
             return self._authority.issue_device(csr, known.name)
         return self._authority.issue_infrastructure(known.name, key)
@@ -192,4 +196,3 @@ def _hex(body: dict[str, Any], field: str, length: int) -> bytes:
     if len(raw) != length or raw.hex() != value:
         raise MessageError(f"{field} must be {length} bytes in lower-case hex")
     return raw
-

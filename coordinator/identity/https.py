@@ -77,8 +77,10 @@ async def serving(app: Any, host: str, port: int, context: ssl.SSLContext) -> As
     config = uvicorn.Config(
         app, http=PeerProtocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
         limit_concurrency=CONNECTIONS_MAX, timeout_keep_alive=5, timeout_graceful_shutdown=STOP_S,
-        ssl_context_factory=lambda *_: context,
+        proxy_headers=False,  # or callers from loopback could name any address as theirs
     )  # fmt: skip
+    config.load()
+    config.ssl = context
     server = _Server(config)
     running = asyncio.create_task(server.serve([listener]), name="fleet-https")
     ready = asyncio.create_task(server.ready.wait())

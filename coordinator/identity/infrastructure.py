@@ -59,27 +59,27 @@ class Identity:
         return spki_digest(key)
 
 
+def open_identity(state: Path) -> Identity:
+    """Open `state`/identity, making what keys are missing. Raises ConfigError for files that cannot be used."""
+    folder = private_dir(state / "identity")
+    private_dir(folder / "pki")
+    keys = BrokerKeys(
+        issuer=nkey_public(folder / "issuer.nk", "account"),
+        callout=nkey_public(folder / "callout.nk", "user"),
+        system=nkey_public(folder / "system.nk", "user"),
+        folder=folder,
+    )
+    return Identity(folder, Authority.open(folder), Signer.load_or_create(folder / "registrar.key"), keys)
+
+
 def prepare_identity(state: Path, validators: Sequence[str], hosts: Iterable[str] = ()) -> Identity:
-    """Open `state`/identity, making or renewing whatever is missing or past its half life.
+    """Open `state`/identity and issue every certificate of our own that is missing or past its half life.
 
     `hosts` are names and addresses, besides this machine's own, that agents dial. Call it before the servers start:
     they read their certificates once. Raises ConfigError for files that cannot be used.
     """
-    folder = private_dir(state / "identity")
-    private_dir(folder / "pki")
-    identity = Identity(
-        folder,
-        Authority.open(folder),
-        Signer.load_or_create(folder / "registrar.key"),
-        BrokerKeys(
-            issuer=nkey_public(folder / "issuer.nk", "account"),
-            callout=nkey_public(folder / "callout.nk", "user"),
-            system=nkey_public(folder / "system.nk", "user"),
-            folder=folder,
-        ),
-    )
-    everywhere = sorted({*_ALWAYS, socket.gethostname(), *hosts})
-    ensure_certificate(identity, SERVER, everywhere)
+    identity = open_identity(state)
+    ensure_certificate(identity, SERVER, sorted({*_ALWAYS, socket.gethostname(), *hosts}))
     for name in ("coordinator", "registrar", ADMIN, *validators):
         ensure_certificate(identity, name, None)
     return identity

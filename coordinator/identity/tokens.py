@@ -82,9 +82,7 @@ class TokenStore:
         )
         return token, secret
 
-    def check(
-        self, token: bytes, secret: bytes, name: str, csr_digest: bytes, public_key: bytes, now_ms: int
-    ) -> Grant:
+    def check(self, token: bytes, secret: bytes, name: str, csr_digest: bytes, public_key: bytes, now_ms: int) -> Grant:
         """What the token would grant to this name, request and signing key; RefusedError says why nothing."""
         found = self._db.execute(
             "SELECT secret_digest, name, owner, batch, expires_ms, revoked_ms, used_ms, csr_digest, public_key"
@@ -137,7 +135,10 @@ class TokenStore:
         rows = self._db.execute(
             "SELECT id, name, owner, batch, expires_ms, revoked_ms, used_ms FROM token ORDER BY expires_ms DESC, id"
         )
-        return [TokenRow(*row[:5], _state(row[4], row[5], row[6], now_ms)) for row in rows]
+        return [
+            TokenRow(token, name, owner, batch, expires_ms, _state(expires_ms, revoked_ms, used_ms, now_ms))
+            for token, name, owner, batch, expires_ms, revoked_ms, used_ms in rows
+        ]
 
     def close(self) -> None:
         """Close the file."""

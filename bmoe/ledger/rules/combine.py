@@ -65,7 +65,7 @@ def combine(rule: str, choices: Choices, outputs: Sequence[Sequence[Tensor]], ba
     if rule != "weighted_sum":
         raise MessageError(f"combine rule {rule!r} is not known here")
     rows, top_k = choices.experts.shape
-    if not batch or (top_k == 1 and len(outputs) == 1 and rows == 1):
+    if not batch:
         return tuple(outputs[0])
     return tuple(_weighted(choices, [o[i] for o in outputs]) for i in range(len(outputs[0])))
 

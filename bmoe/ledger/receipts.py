@@ -1,0 +1,183 @@
+"""Receipts on request: a validator puts together, from its replica, what an auditor needs, and answers over NATS.
+
+Request to `ledger.receipt.<validator>`: JSON {"task": hex} or {"request": hex}, with "size" to meet other validators'
+cosignatures on one checkpoint. Reply: the receipt's text, or JSON {"error": "one clear line"}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from typing import Any
+
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
+
+from bmoe.ledger.cosign import Cosigner
+from bmoe.ledger.rules.entries import Answer, Verdict, parse_entry
+from bmoe.ledger.rules.outputs import Binding, parse_output
+from bmoe.ledger.rules.receipt_format import MAX_OPENINGS_BYTES, Evidence, Support, format_receipt
+from bmoe.ledger.rules.state import State
+from bmoe.ledger.store import Store, model_name
+from bmoe.protocol.errors import BmoeError, InputError, LedgerError, MessageError, UnavailableError
+
+log = logging.getLogger("bmoe.validator")
+
+SUBJECT = "ledger.receipt"
+WAIT_S = 5.0
+REQUEST_BYTES = 1024
+ASKED_AT_ONCE = 64
+
+
+def make_receipt(store: Store, state: State, kind: str, name: bytes, size: int) -> str:
+    """The receipt of a verdict or answer under the signed checkpoint of `size`; raises LedgerError, UnavailableError.
+
+    `kind` is "verdict" (name: task id) or "answer" (name: request id).
+    """
+    index, note = store.find(kind, name), store.note(size)
+    if index is None or index >= size:
+        raise UnavailableError(f"no {kind} for {name.hex()} stands among the first {size} leaves of this ledger")
+    if note is None:
+        raise UnavailableError(f"no cosigned checkpoint of size {size} is kept here")
+    leaf = store.leaf(index)
+    entry = parse_entry(leaf)
+    supports: list[Support] = []
+    verdicts: list[Verdict] = []
+    models: tuple[bytes, ...] = ()
+    if isinstance(entry, Answer):
+        for task in entry.tasks:
+            at = store.find("verdict", task)
+            if at is None:
+                raise LedgerError(f"the answer at leaf {index} names task {task.hex()}, which has no verdict here")
+            supports.append(Support(store.leaf(at), at, tuple(store.proof(at, size))))
+            verdicts.append(_verdict(store.leaf(at)))
+        models = (_model_statement(store, entry),)
+    else:
+        verdicts = [_verdict(leaf)]
+    members, releases = _statements(state, verdicts)
+    openings = _openings(store, entry, verdicts)
+    evidence = Evidence(leaf, tuple(supports), members, releases, models, openings)
+    return format_receipt(evidence, index, store.proof(index, size), note)
+
+
+def _verdict(leaf: bytes) -> Verdict:
+    entry = parse_entry(leaf)
+    if not isinstance(entry, Verdict):
+        raise LedgerError(f"the replica's index names a {type(entry).__name__} as a verdict")
+    return entry
+
+
+def _statements(state: State, verdicts: list[Verdict]) -> tuple[tuple[bytes, ...], tuple[bytes, ...]]:
+    """The registrar's statements about every signer and every expert of these verdicts."""
+    signers = set()
+    for v in verdicts:
+        binding = Binding(v.task, v.expert, v.input_root, v.rows)
+        signers |= {parse_output(o, binding).header.author for o in (*v.outputs, *([v.referee] if v.referee else []))}
+    members = tuple(state.statements[name] for name in sorted(signers))
+    return members, tuple(state.release_statements[digest] for digest in sorted({v.expert for v in verdicts}))
+
+
+def _model_statement(store: Store, answer: Answer) -> bytes:
+    at = store.find("model", model_name(answer.model, answer.version))
+    entry = parse_entry(store.leaf(at)) if at is not None else None
+    if entry is None:
+        raise LedgerError(f"the replica has no release of model {answer.model} version {answer.version}")
+    return entry.statement  # type: ignore[attr-defined]
+
+
+def _openings(store: Store, entry: Any, verdicts: list[Verdict]) -> tuple[bytes, ...]:
+    """Every opening named, in order of digest; none at all where one is gone or they are too large together."""
+    digests = {digest for v in verdicts for digest in v.openings}
+    if isinstance(entry, Answer):
+        digests.add(entry.result_opening)
+    found = [store.opening(digest) for digest in sorted(digests)]
+    whole = [opening for opening in found if opening is not None]
+    if len(whole) != len(found) or sum(map(len, whole)) > MAX_OPENINGS_BYTES:
+        return ()
+    return tuple(whole)
+
+
+class ReceiptService:
+    """Answers requests for receipts, each within WAIT_S, at most ASKED_AT_ONCE together."""
+
+    def __init__(self, name: str, store: Store, state: State, cosigner: Cosigner) -> None:
+        self._name, self._store, self._state, self._cosigner = name, store, state, cosigner
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, client: Client) -> None:
+        """Subscribe; the client renews it at every reconnect."""
+        await client.subscribe(f"{SUBJECT}.{self._name}", cb=self._on_request)
+
+    async def stop(self) -> None:
+        """Give up what is still being answered."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _on_request(self, message: Msg) -> None:
+        if len(self._tasks) >= ASKED_AT_ONCE:
+            await _reply(message, _error("busy: ask again in a moment"))
+            return
+        task = asyncio.create_task(self._answer(message))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, message: Msg) -> None:
+        try:
+            kind, name, size = _parse(message.data)
+            reply = (await self._receipt(kind, name, size)).encode()
+        except asyncio.TimeoutError:
+            reply = _error(f"not under a cosigned checkpoint within {WAIT_S:g} s")
+        except BmoeError as error:
+            reply = _error(str(error))
+        await _reply(message, reply)
+
+    async def _receipt(self, kind: str, name: bytes, size: int | None) -> str:
+        def under() -> bool:
+            index, signed = self._store.find(kind, name), self._cosigner.signed
+            return index is not None and signed > index and (size is None or signed >= size)
+
+        await self._cosigner.until(under, WAIT_S)
+        return make_receipt(self._store, self._state, kind, name, self._cosigner.signed if size is None else size)
+
+
+def _parse(data: bytes) -> tuple[str, bytes, int | None]:
+    """(kind, id, size) of a request; raises MessageError."""
+    try:
+        values = json.loads(data) if len(data) <= REQUEST_BYTES else None
+        size = values.pop("size", None)
+        ((field, name),) = values.items()
+        raw = bytes.fromhex(name)
+        kind = {"task": "verdict", "request": "answer"}[field]
+    except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
+        raise MessageError('a receipt is asked for with {"task": hex} or {"request": hex}, and "size"') from error
+    if len(raw) != 16 or not (size is None or (type(size) is int and size > 0)):
+        raise MessageError("a task or request id has 16 bytes, a size is a positive integer")
+    return kind, raw, size
+
+
+def _error(text: str) -> bytes:
+    return json.dumps({"error": text}).encode()
+
+
+async def _reply(message: Msg, data: bytes) -> None:
+    try:
+        await message.respond(data)
+    except (NatsError, OSError) as error:
+        log.warning("receipt reply failed error=%s", error)
+
+
+def read_reply(data: bytes) -> str:
+    """The receipt in a reply; raises UnavailableError with the validator's own words."""
+    if data[:1] != b"{":
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise InputError("the reply is neither a receipt nor an error") from error
+    try:
+        error = json.loads(data)["error"]
+    except (ValueError, LookupError, TypeError) as wrong:
+        raise InputError("the reply is neither a receipt nor an error") from wrong
+    raise UnavailableError(str(error)[:300])

@@ -1,0 +1,53 @@
+"""The models that the ledger has released, as requests need them."""
+
+from __future__ import annotations
+
+from bmoe.ledger.rules.state import State
+from bmoe.protocol.errors import MessageError
+from bmoe.protocol.messages import ModelRelease
+from coordinator.intake import DATATYPE_OF
+from coordinator.jobs import ServedModel
+
+
+class Catalogue:
+    """Looks models up in the ledger's state; keeps what it made for as long as the statement stays the same."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._made: dict[str, tuple[ModelRelease, ServedModel]] = {}
+
+    def names(self) -> list[str]:
+        """Models that can be asked for."""
+        return sorted(self._state.models)
+
+    def get(self, name: str) -> ServedModel:
+        """A released model; raises MessageError naming those there are."""
+        statement = self._state.models.get(name)
+        if statement is None:
+            raise MessageError(
+                f"model {name[:64]!r} is not served here; there are: {', '.join(self.names()) or 'none'}"
+            )
+        made = self._made.get(name)
+        if made is None or made[0] is not statement:
+            releases = self._state.releases
+            gate = releases[statement.gate] if statement.gate else None
+            made = (statement, ServedModel(statement, gate, tuple(releases[d] for d in statement.experts)))
+            self._made[name] = made
+        return made[1]
+
+    def metadata(self, name: str) -> dict[str, object]:
+        """A model's metadata, as the Open Inference Protocol has it."""
+        model = self.get(name)
+        return {
+            "name": model.name,
+            "versions": [str(model.statement.version)],
+            "platform": "onnx_moe",
+            "inputs": [_tensor(s, model.batch) for s in model.experts[0].inputs],
+            "outputs": [_tensor(s, model.batch) for s in model.experts[0].outputs],
+        }
+
+
+def _tensor(spec: tuple[object, ...], batch: bool) -> dict[str, object]:
+    dims = list(spec[2])  # type: ignore[call-overload]
+    shape = [-1 if d == 0 or (batch and i == 0) else d for i, d in enumerate(dims)]
+    return {"name": spec[0], "datatype": DATATYPE_OF.get(str(spec[1]), str(spec[1]).upper()), "shape": shape}

@@ -1,0 +1,86 @@
+"""Finality: which size of the tree a quorum of validators has cosigned, and where answers and verdicts stand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+import structlog
+
+from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, parse_checkpoint, parse_note, verify_cosignature
+from bmoe.ledger.rules.state import Applied, State
+from bmoe.ledger.stream import LedgerStream
+from bmoe.protocol.errors import ProofError
+
+log = structlog.get_logger("finality")
+CHECKPOINT_SUBJECTS = "ledger.checkpoint.>"
+INDICES_KEPT = 200_000
+SIZES_KEPT = 256
+
+
+class Finality:
+    """Follows validators' checkpoints; knows the leaf index of recent verdicts and answers."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._cosigned: OrderedDict[tuple[int, bytes], set[str]] = OrderedDict()
+        self._index: OrderedDict[bytes, int] = OrderedDict()
+        self._grown = asyncio.Condition()
+        self.final_size = 0
+
+    async def follow(self, stream: LedgerStream) -> None:
+        """Begin to listen; cosignatures are verified, whoever brings them."""
+        await stream.client.subscribe(CHECKPOINT_SUBJECTS, cb=self._on_message)
+
+    def on_applied(self, applied: Applied) -> None:
+        """Note where verdicts and answers stand."""
+        for event in applied.events:
+            if event.kind in ("verdict", "answer"):
+                entry = event.facts["entry"]
+                self._index[entry.request if event.kind == "answer" else entry.task] = event.facts["index"]
+        while len(self._index) > INDICES_KEPT:
+            self._index.popitem(last=False)
+
+    def index_of(self, identity: bytes) -> int | None:
+        """The leaf index of a recent verdict (task id) or answer (request id)."""
+        return self._index.get(identity)
+
+    async def final(self, identity: bytes, timeout_s: float) -> None:
+        """Wait until the leaf of a verdict or answer is under a quorum's checkpoint."""
+
+        def reached() -> bool:
+            index = self._index.get(identity)
+            return index is not None and index < self.final_size
+
+        async def wait() -> None:
+            async with self._grown:
+                await self._grown.wait_for(reached)
+
+        await asyncio.wait_for(wait(), timeout_s)
+
+    async def _on_message(self, message: object) -> None:
+        try:
+            self.note(message.data)  # type: ignore[attr-defined]
+        except ProofError as error:
+            log.warning("checkpoint_refused", error=str(error))
+            return
+        async with self._grown:
+            self._grown.notify_all()
+
+    def note(self, data: bytes) -> None:
+        """Count the cosignatures of one checkpoint note; raises ProofError when it is not one of this ledger."""
+        note = parse_note(data)
+        checkpoint = parse_checkpoint(note.text)
+        if checkpoint.origin != self._state.origin:
+            raise ProofError(f"checkpoint of {checkpoint.origin!r}, this is {self._state.origin!r}")
+        cosigners = self._cosigned.setdefault((checkpoint.size, checkpoint.root), set())
+        for name, public_key in self._state.validators.items():
+            try:
+                verify_cosignature(note, VerifierKey(name, COSIGNATURE_V1, public_key))
+            except ProofError:
+                continue
+            cosigners.add(name)
+        if self._state.quorum and len(cosigners) >= self._state.quorum:
+            self.final_size = max(self.final_size, checkpoint.size)
+        while len(self._cosigned) > SIZES_KEPT:
+            self._cosigned.popitem(last=False)

@@ -1,0 +1,264 @@
+"""The coordinator's parts put together: intake -> gate -> route -> dispatch -> collect -> decide -> commit -> answer."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Awaitable
+from dataclasses import asdict
+from typing import Any
+
+import structlog
+from nats.errors import Error as NatsError
+
+from bmoe.inference.runner import Runner
+from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.follower import Follower
+from bmoe.ledger.rules.state import Applied, State
+from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
+from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.keys import Signer
+from bmoe.protocol.link import Link, LinkSettings
+from bmoe.protocol.messages import Health, Output, Refusal, Status
+from bmoe.protocol.topics import every_device, parse_topic
+from bmoe.storage.evidence import EvidenceStore
+from coordinator.answer import Answered, Answerer
+from coordinator.catalogue import Catalogue
+from coordinator.commit import Committer
+from coordinator.config import GatewaySettings
+from coordinator.decide import Decider, Timing
+from coordinator.diagnose import Diagnosis
+from coordinator.dispatch import Dispatcher
+from coordinator.finality import Finality
+from coordinator.fleet import Fleet
+from coordinator.gate import Gate
+from coordinator.intake import take_in
+from coordinator.jobs import Job
+from coordinator.receive import open_from
+from coordinator.referee import Referee
+from coordinator.share import Sharer
+from coordinator.state_layout import LedgerId, StateLayout
+
+log = structlog.get_logger("gateway")
+NAME = "coordinator"
+UP_CHANNELS = {"output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0)}
+FINAL_TIMEOUT_S = 30.0
+RECEIPT_TIMEOUT_S = 10.0
+
+
+class Gateway:
+    """One coordinator. `start` it, `infer` with it, `stop` it."""
+
+    def __init__(self, settings: GatewaySettings, ports: dict[str, int]) -> None:
+        self.settings = settings
+        layout = self.layout = StateLayout(settings.state)
+        identity = self.identity = LedgerId.load(layout.genesis)
+        self.state = State(identity.ledger, identity.epoch, identity.registrar)
+        self._signer = Signer.load_or_create(layout.signing_key)
+        self._access = LedgerAccess(
+            "127.0.0.1", ports["ledger.client"], layout.ca, layout.certificate(NAME), layout.key(NAME)
+        )
+        link = LinkSettings(
+            host="127.0.0.1",
+            port=ports["broker.mqtt"],
+            client_id=NAME,
+            ca=layout.ca,
+            certificate=layout.certificate(NAME),
+            key=layout.key(NAME),
+        )
+        self.link = Link(link, on_message=self._on_message, on_up=self._on_up, on_down=self._on_down)
+        self.finality = Finality(self.state)
+        self.catalogue = Catalogue(self.state)
+        self.fleet = Fleet(self.state, layout.fleet)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._in_work = 0
+        self.started = time.monotonic()
+        self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def start(self) -> None:
+        """Catch up with the ledger, close what an earlier run left open, come online."""
+        layout, settings, identity = self.layout, self.settings, self.identity
+        self._stream = await LedgerStream.connect(self._access, NAME)
+        self._follower = Follower(self._stream, self.state, recompute=False, on_applied=self._on_applied)
+        self._follower.start().add_done_callback(self._on_follower_end)
+        await self._follower.catch_up()
+        await self._follower.changed(lambda: NAME in self.state.members, timeout_s=20)
+        await self.finality.follow(self._stream)
+        self._author = FrameAuthor(self._stream, self._signer, NAME, identity.ledger, identity.epoch)
+        await self._author.start()
+        self._evidence = EvidenceStore(layout.evidence)
+        self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)
+        self._referee_runner = Runner(memory_mb=settings.referee_memory_mb)
+        await asyncio.gather(self._gate_runner.start(), self._referee_runner.start())
+        self._assemble()
+        await self._abandon_leftovers()
+        for channel, (_, qos) in UP_CHANNELS.items():
+            self.link.subscribe(every_device(channel), qos)
+        await self.link.start()
+        await self.link.wait_up(20)
+        self._spawn(self._diagnosis.run())
+        self._spawn(self._keep_view())
+
+    def _assemble(self) -> None:
+        settings, identity, signer = self.settings, self.identity, self._signer
+        common: dict[str, Any] = {"ledger": identity.ledger, "epoch": identity.epoch, "author": NAME}
+        self.committer = Committer(self._author, self._evidence)
+        self.referee = Referee(self._referee_runner, self.layout.blobs, signer, NAME, identity.ledger, identity.epoch)
+        self.decider = Decider(
+            self.state,
+            self.fleet,
+            Dispatcher(self.link, signer, NAME, identity.ledger, identity.epoch),
+            self.referee,
+            self.committer,
+            Timing(settings.task_timeout_ms / 1000, settings.hedge_min_ms / 1000, settings.referee_timeout_ms / 1000),
+            self._spawn,
+        )
+        self._diagnosis = Diagnosis(self.fleet, self.decider)
+        sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows)
+        gate = Gate(self._gate_runner, self.layout.blobs)
+        self.answerer = Answerer(gate, sharer, self.committer, signer, common, settings.promise_ms, self._wait_final)
+
+    async def stop(self) -> None:
+        """Finish what is owed, then go offline."""
+        await self.answerer.settle()
+        await self.link.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._author.stop()
+        await self._follower.stop()
+        await self._stream.close()
+        await asyncio.gather(self._gate_runner.close(), self._referee_runner.close())
+        self._evidence.close()
+        self.fleet.save_view(force=True)
+
+    async def infer(self, name: str, body: bytes, tenant: str) -> Answered:
+        """Answer one request; raises InputError for a bad one, UnavailableError when it cannot be served now."""
+        if self._in_work >= self.settings.requests_waiting:
+            raise UnavailableError(f"{self._in_work} requests are in work, the limit: try again")
+        model = self.catalogue.get(name)
+        request = take_in(body, model, tenant, self.settings.policy, self.settings.request_rows)
+        self._in_work += 1
+        try:
+            return await self.answerer.answer(request)
+        finally:
+            self._in_work -= 1
+
+    def _start_job(self, job: Job) -> None:
+        self._diagnosis.remember(job)
+        self.decider.start(job)
+
+    async def receipt(self, identity: bytes, kind: str) -> bytes:
+        """The receipt of a verdict ("task") or an answer ("request"), from the validators; UnavailableError if none."""
+        question = json.dumps({kind: identity.hex()}).encode()
+        reasons = []
+        for validator in sorted(self.state.validators):
+            try:
+                reply = await self._stream.client.request(
+                    f"ledger.receipt.{validator}", question, timeout=RECEIPT_TIMEOUT_S
+                )
+            except (NatsError, OSError, asyncio.TimeoutError) as error:
+                reasons.append(f"{validator}: {str(error) or type(error).__name__}")
+                continue
+            if not reply.data.startswith(b"{"):
+                return reply.data
+            reasons.append(f"{validator}: {json.loads(reply.data).get('error')}")
+        raise UnavailableError(f"no receipt for {identity.hex()}: {'; '.join(reasons)}")
+
+    def statistics(self) -> dict[str, Any]:
+        """Figures for operators and the demo."""
+        tally, count = self.decider.tally, self.answerer.count
+        standing = {name: record.standing.value for name, record in self.state.agents.items()}
+        online = sum(p.online for p in self.fleet.presence.values())
+        return {
+            "uptime_s": round(time.monotonic() - self.started, 1),
+            "requests": {"in_work": self._in_work, **asdict(count)},
+            "tasks": tally.tasks,
+            "tasks_running": self.decider.running,
+            "undecided": tally.undecided,
+            "outputs": tally.outputs,
+            "hedges": tally.hedges,
+            "referee_executions": self.referee.executions,
+            "late_outputs": tally.late,
+            "refused_outputs": tally.refused_outputs,
+            "ledger": {"size": self.state.size, "final": self.finality.final_size, "position": self._follower.position},
+            "agents": {"online": online, "standing": standing},
+        }
+
+    async def _wait_final(self, position: int, request: bytes) -> None:
+        await self._follower.reached(position, FINAL_TIMEOUT_S)
+        try:
+            await self.finality.final(request, FINAL_TIMEOUT_S)
+        except asyncio.TimeoutError:
+            raise UnavailableError(
+                f"no quorum of validators has cosigned the answer within {FINAL_TIMEOUT_S:g} s"
+            ) from None
+
+    async def _abandon_leftovers(self) -> None:
+        leftovers = list(self.state.open.items())
+        for task, (expert, rows, _) in leftovers:
+            await self.committer.abandon(task, expert, rows, self.state.size)
+        if leftovers:
+            log.warning("tasks_abandoned", count=len(leftovers), reason="an earlier run ended before their verdicts")
+
+    def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
+        self.finality.on_applied(applied)
+        for event in applied.events:
+            if event.kind == "standing":
+                log.info("standing", **event.facts)
+            elif event.kind == "rejected":
+                log.error("entry_rejected", position=message.position, **event.facts)
+            elif event.kind == "refuted":
+                log.warning("refuted", member=event.facts["member"], task=event.facts["task"].hex())
+
+    def _on_follower_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and not self.dead.done():
+            error = task.exception() or UnavailableError("the ledger follower ended")
+            log.critical("ledger_follower_ended", error=str(error))
+            self.dead.set_exception(error)
+
+    def _on_message(self, topic: str, payload: bytes) -> None:
+        try:
+            device, channel = parse_topic(topic)
+            if not payload:
+                return
+            sealed = open_from(self.state, topic, payload, UP_CHANNELS[channel][0])
+            self._on_sealed(device, sealed)
+        except BmoeError as error:
+            log.warning("message_refused", topic=topic, error=str(error))
+
+    def _on_sealed(self, device: str, sealed: Any) -> None:
+        header, presence = sealed.header, self.fleet.of(device)
+        presence.seen = time.monotonic()
+        if isinstance(header, Output):
+            self.decider.on_output(sealed)
+        elif isinstance(header, Refusal):
+            self.decider.on_refusal(device, header.task, header.reason, header.detail)
+        elif isinstance(header, Status):
+            if presence.status is None or header.seq >= presence.status.seq:
+                presence.online, presence.status = header.state == "online", header
+                log.info("agent_status", agent=device, state=header.state)
+        else:
+            presence.health = header
+
+    def _on_up(self) -> None:
+        log.info("link_up")
+
+    def _on_down(self, reason: str) -> None:
+        log.warning("link_down", reason=reason)
+
+    async def _keep_view(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            await asyncio.to_thread(self.fleet.save_view)
+
+    def _spawn(self, work: Awaitable[Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)  # type: ignore[arg-type]
+        task.add_done_callback(self._on_task_end)
+
+    def _on_task_end(self, task: Any) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background_task_failed", error=repr(task.exception()))

@@ -1,0 +1,64 @@
+"""A model's manifest made into signed releases: what the registrar states of each expert, of the gate, and of the model."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bmoe.ledger.rules.entries import Entry, ModelEntry, ReleaseEntry
+from bmoe.protocol.errors import RefusedError
+from bmoe.protocol.keys import Signer
+from bmoe.protocol.messages import ModelRelease, Release, seal_message
+from bmoe.storage.manifest import Expert, Model, TensorSpec
+from coordinator.identity.enrol import LedgerPort
+
+
+def check_blobs(folder: Path, model: Model) -> None:
+    """Raise RefusedError unless every file of the model lies in `folder` under its digest, whole."""
+    for part in _parts(model):
+        path = folder / part.sha256
+        if not path.is_file() or path.stat().st_size != part.bytes:
+            raise RefusedError(
+                f"blob {part.sha256} ({part.file}, {part.bytes} bytes) is not in the store: put it first"
+            )
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != part.sha256:
+            raise RefusedError(f"blob {part.sha256} ({part.file}) is damaged, it hashes to {found}: put it again")
+
+
+def release_entries(
+    registrar: Signer, ledger: LedgerPort, model: Model, manifest: bytes, owner: str, now_ms: int
+) -> list[tuple[type[Entry], dict[str, Any]]]:
+    """The entries that publish a model: one release a part, then the model itself, so that it never names a stranger."""
+    common: dict[str, Any] = {"ledger": ledger.ledger, "epoch": ledger.epoch, "author": "registrar", "seq": now_ms}
+    common["issued_ms"] = now_ms
+    entries: list[tuple[type[Entry], dict[str, Any]]] = []
+    for part in _parts(model):
+        release = Release(
+            **common, model=model.name, expert_name=part.name, digest=bytes.fromhex(part.sha256), size=part.bytes,
+            opset=part.opset, memory_mb=part.memory_mb, batch=part.batch, owner=owner,
+            inputs=tuple(_tensor(spec) for spec in part.inputs),
+            outputs=tuple((*_tensor(spec), struct.pack(">d", spec.epsilon)) for spec in part.outputs),
+        )  # fmt: skip
+        entries.append((ReleaseEntry, {"statement": seal_message(registrar, release)}))
+    whole = ModelRelease(
+        **common, model=model.name, version=model.version, manifest=hashlib.sha256(manifest).digest(),
+        gate=bytes.fromhex(model.gate.sha256) if model.gate else b"",
+        experts=tuple(bytes.fromhex(expert.sha256) for expert in model.experts), top_k=model.top_k,
+        combine=model.combine,
+    )  # fmt: skip
+    return [*entries, (ModelEntry, {"statement": seal_message(registrar, whole)})]
+
+
+def _parts(model: Model) -> Iterator[Expert]:
+    yield from model.experts
+    if model.gate is not None:
+        yield model.gate
+
+
+def _tensor(spec: TensorSpec) -> tuple[str, str, tuple[int, ...]]:
+    return spec.name, spec.dtype, tuple(0 if dim is None else dim for dim in spec.dims)

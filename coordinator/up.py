@@ -1,0 +1,220 @@
+"""`bmoe up`: one machine becomes a gateway. Makes what is missing, starts five processes in order, watches them.
+
+broker -> ledger engine -> registrar -> validator -> coordinator. All state lies in one directory; a start after a
+clean stop, a kill or a power cut is the same code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey
+from bmoe.ledger.rules.membership import quorum_of
+from bmoe.ledger.rules.trust import Trust, format_trust
+from bmoe.ledger.stream import LedgerAccess, LedgerStream
+from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.files import sync_folder, write_durably
+from bmoe.protocol.keys import Signer
+from bmoe.storage.manifest import load_model, parts, read_part
+from bmoe.storage.packaged import packaged
+from coordinator.cli.admin import ADMIN, Admin
+from coordinator.config import GatewaySettings
+from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
+from coordinator.embedded.nats_server import prepare_broker, prepare_ledger
+from coordinator.embedded.ports import Listen, claim_ports
+from coordinator.embedded.state_dir import private_dir
+from coordinator.embedded.supervisor import Child, Event, Supervisor
+from coordinator.identity.infrastructure import SERVER, Identity, prepare_identity
+from coordinator.logs import set_up_logs
+from coordinator.state_layout import LedgerId, StateLayout
+
+log = structlog.get_logger("up")
+VALIDATORS = ("validator-1",)
+COORDINATOR = "coordinator"
+BUILT_IN_OWNER = "bmoe"
+# One thread each: on a small machine OpenMP's spinning costs far more than it brings.
+CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_gateway(settings: GatewaySettings, say: Callable[[str], None]) -> None:
+    """Run until SIGINT or SIGTERM; raises ConfigError or UnavailableError when the gateway cannot come up."""
+    private_dir(settings.state)
+    private_dir(settings.state / "logs")
+    asyncio.run(_run(settings, say))
+
+
+async def _run(settings: GatewaySettings, say: Callable[[str], None]) -> None:
+    loop = asyncio.get_running_loop()
+    stopping: asyncio.Future[None] = loop.create_future()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: stopping.done() or stopping.set_result(None))
+    set_up_logs("up")
+    starting = asyncio.ensure_future(_serve(settings, say, stopping))
+    await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        done, _ = await asyncio.wait([starting], timeout=1)
+        if not done:
+            starting.cancel()
+    await asyncio.gather(starting, return_exceptions=stopping.done())
+
+
+async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping: asyncio.Future[None]) -> None:
+    layout = StateLayout(settings.state)
+    async with Supervisor(settings.state, _tell) as supervisor:
+        identity = prepare_identity(settings.state, VALIDATORS, (settings.host, *settings.public_hosts))
+        ledger_id = prepare_ledger_id(layout, identity)
+        ports = await start_gateway(settings, layout, identity, ledger_id, supervisor)
+        say(f"gateway is up: API http://{settings.api_host}:{ports['api']}  state {settings.state}")
+        say(
+            f"agents join at https://{settings.host}:{ports['fleet']}: bmoe token create --owner NAME --state {settings.state}"
+        )
+        await stopping
+        say("stopping")
+
+
+async def start_gateway(
+    settings: GatewaySettings, layout: StateLayout, identity: Identity, ledger_id: LedgerId, supervisor: Supervisor
+) -> dict[str, int]:
+    """Start every process in order and publish the configured models; the ports by name."""
+    ports = claim_ports(
+        settings.state,
+        {
+            "api": Listen(settings.api_host, settings.api_port or None),
+            "fleet": Listen(settings.host, settings.fleet_port or None),
+        },
+    )
+    keys = identity.broker_keys
+    broker = prepare_broker(
+        settings.state,
+        identity.tls(SERVER),
+        identity.tls(COORDINATOR),
+        callout_issuer=keys.issuer,
+        callout_user=keys.callout,
+        system_user=keys.system,
+        mqtt=Listen(settings.host, settings.mqtt_port or None),
+    )
+    ledger = prepare_ledger(settings.state, identity.tls(SERVER), identity.tls(COORDINATOR), validators=VALIDATORS)
+    await supervisor.start(broker.child)
+    await supervisor.start(ledger.child)
+    await _make_streams(layout, ledger.ports["client"])
+    ports |= {"broker.mqtt": broker.ports["mqtt"], "ledger.client": ledger.ports["client"]}
+    await supervisor.start(_process(settings, "registrar", "coordinator.identity.registrar"))
+    await asyncio.gather(
+        asyncio.to_thread(_publish_models, settings, layout),
+        *(supervisor.start(_validator(settings, layout, name, ports)) for name in VALIDATORS),
+    )
+    await supervisor.start(_process(settings, COORDINATOR, "coordinator.service"))
+    return ports
+
+
+def prepare_ledger_id(layout: StateLayout, identity: Identity) -> LedgerId:
+    """Which ledger this is, made once; and the policy file that auditors are given."""
+    keys = {COORDINATOR: Signer.load_or_create(layout.signing_key).public_key}
+    for name in VALIDATORS:
+        private_dir(layout.validator(name))
+        keys[name] = Signer.load_or_create(layout.validator(name) / "validator.key").public_key
+    if layout.genesis.exists():
+        known = LedgerId.load(layout.genesis)
+        if (known.registrar, known.authors) != (identity.registrar.public_key, keys):
+            raise ConfigError(f"the keys under {layout.root} are not those that {layout.genesis} names: restore them")
+    else:
+        ledger = secrets.token_bytes(16)
+        origin = f"bmoe.local/{ledger.hex()[:16]}/0"
+        known = LedgerId(ledger, 0, origin, identity.registrar.public_key, keys)
+        write_durably(layout.genesis, known.to_json())
+    trust = Trust(
+        ledger=known.ledger,
+        epoch=known.epoch,
+        origin=known.origin,
+        registrar=known.registrar,
+        validators=tuple(VerifierKey(n, COSIGNATURE_V1, k) for n, k in sorted(known.validators.items())),
+        quorum=quorum_of(len(known.validators)),
+    )
+    write_durably(layout.trust, format_trust(trust))
+    return known
+
+
+async def _make_streams(layout: StateLayout, port: int) -> None:
+    access = LedgerAccess("127.0.0.1", port, layout.ca, layout.certificate(ADMIN), layout.key(ADMIN))
+    stream = await LedgerStream.connect(access, ADMIN)
+    try:
+        await ensure_ledger_stream(stream.client)
+        await ensure_checkpoint_stream(stream.client)
+    finally:
+        await stream.close()
+
+
+def _publish_models(settings: GatewaySettings, layout: StateLayout) -> None:
+    """Stage each model's files by digest, then have the registrar enter its releases; a repeat changes nothing."""
+    for given in settings.models:
+        folder = Path(given) if "/" in given else packaged("models", given)
+        model = load_model(folder)
+        private_dir(layout.blobs)
+        for part in parts(model):
+            path = layout.blobs / part.sha256
+            if not path.exists():
+                write_durably(path, read_part(folder, part))
+        sync_folder(layout.blobs)
+        Admin(settings.state).call(
+            "POST", f"/v1/admin/releases?owner={BUILT_IN_OWNER}", (folder / "model.json").read_bytes()
+        )
+
+
+def _process(settings: GatewaySettings, name: str, module: str) -> Child:
+    return _child(settings, name, ("-m", module, "--state", str(settings.state)))
+
+
+def _validator(settings: GatewaySettings, layout: StateLayout, name: str, ports: dict[str, int]) -> Child:
+    arguments = {
+        "state": layout.validator(name),
+        "name": name,
+        "genesis": layout.genesis,
+        "signing-key": layout.validator(name) / "validator.key",
+        "ca": layout.ca,
+        "certificate": layout.certificate(name),
+        "key": layout.key(name),
+        "ledger-host": "127.0.0.1",
+        "ledger-port": ports["ledger.client"],
+        "gateway": f"https://localhost:{ports['fleet']}",
+        "mqtt-host": "127.0.0.1",
+        "mqtt-port": ports["broker.mqtt"],
+    }
+    flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
+    return _child(settings, name, ("-m", "bmoe.ledger.validator", *flags))
+
+
+def _child(settings: GatewaySettings, name: str, arguments: tuple[str, ...]) -> Child:
+    environment = dict(CHILD_ENVIRONMENT)
+    for field in GatewaySettings.model_fields:
+        value = getattr(settings, field)
+        environment[f"BMOE_{field.upper()}"] = _spelled(value)
+    return Child(
+        name=name,
+        argv=(sys.executable, *arguments),
+        log=(settings.state / "logs" / f"{name}.log").resolve(),
+        env=environment,
+        ready_within=40.0,
+    )
+
+
+def _spelled(value: object) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{v}"' for v in value) + "]"
+    return str(value)
+
+
+def _tell(event: Event) -> None:
+    """What happens to the processes goes to our log, refused broker publishes among it."""
+    if event.kind == "log":
+        log.warning("server_alarm", server=event.child, line=event.detail)
+    elif event.kind in ("exited", "restarting", "leftover"):
+        log.warning(f"process_{event.kind}", name=event.child, pid=event.pid, code=event.code, detail=event.detail)
+    else:
+        log.info(f"process_{event.kind}", name=event.child, pid=event.pid)
