@@ -38,7 +38,7 @@ from coordinator.jobs import Job
 from coordinator.receive import open_from
 from coordinator.referee import Referee
 from coordinator.share import Sharer
-from coordinator.state_layout import LedgerId, StateLayout
+from coordinator.state_layout import StateLayout
 
 log = structlog.get_logger("gateway")
 NAME = "coordinator"
@@ -53,8 +53,8 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, ports: dict[str, int]) -> None:
         self.settings = settings
         layout = self.layout = StateLayout(settings.state)
-        identity = self.identity = LedgerId.load(layout.genesis)
-        self.state = State(identity.ledger, identity.epoch, identity.registrar)
+        trust = self.trust = layout.load_trust()
+        self.state = State(trust.ledger, trust.epoch, trust.registrar)
         self._signer = Signer.load_or_create(layout.signing_key)
         self._access = LedgerAccess(
             "127.0.0.1", ports["ledger.client"], layout.ca, layout.certificate(NAME), layout.key(NAME)
@@ -78,14 +78,14 @@ class Gateway:
 
     async def start(self) -> None:
         """Catch up with the ledger, close what an earlier run left open, come online."""
-        layout, settings, identity = self.layout, self.settings, self.identity
+        layout, settings, trust = self.layout, self.settings, self.trust
         self._stream = await LedgerStream.connect(self._access, NAME)
         self._follower = Follower(self._stream, self.state, recompute=False, on_applied=self._on_applied)
         self._follower.start().add_done_callback(self._on_follower_end)
         await self._follower.catch_up()
         await self._follower.changed(lambda: NAME in self.state.members, timeout_s=20)
         await self.finality.follow(self._stream)
-        self._author = FrameAuthor(self._stream, self._signer, NAME, identity.ledger, identity.epoch)
+        self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
         await self._author.start()
         self._evidence = EvidenceStore(layout.evidence)
         self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)
@@ -101,14 +101,14 @@ class Gateway:
         self._spawn(self._keep_view())
 
     def _assemble(self) -> None:
-        settings, identity, signer = self.settings, self.identity, self._signer
-        common: dict[str, Any] = {"ledger": identity.ledger, "epoch": identity.epoch, "author": NAME}
+        settings, trust, signer = self.settings, self.trust, self._signer
+        common: dict[str, Any] = {"ledger": trust.ledger, "epoch": trust.epoch, "author": NAME}
         self.committer = Committer(self._author, self._evidence)
-        self.referee = Referee(self._referee_runner, self.layout.blobs, signer, NAME, identity.ledger, identity.epoch)
+        self.referee = Referee(self._referee_runner, self.layout.blobs, signer, NAME, trust.ledger, trust.epoch)
         self.decider = Decider(
             self.state,
             self.fleet,
-            Dispatcher(self.link, signer, NAME, identity.ledger, identity.epoch),
+            Dispatcher(self.link, signer, NAME, trust.ledger, trust.epoch),
             self.referee,
             self.committer,
             Timing(settings.task_timeout_ms / 1000, settings.hedge_min_ms / 1000, settings.referee_timeout_ms / 1000),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from bmoe.ledger.rules.trust import Trust, parse_trust
 from bmoe.protocol.errors import ConfigError
 
 
@@ -34,13 +34,8 @@ class StateLayout:
         return self.identity / "ca.pem"
 
     @property
-    def genesis(self) -> Path:
-        """Which ledger this is: id, epoch, origin, registrar key."""
-        return self.root / "genesis.json"
-
-    @property
     def trust(self) -> Path:
-        """The policy file an auditor is given: validators, quorum, registrar key."""
+        """Which ledger this is; also the policy file an auditor is given: validators, quorum, registrar key."""
         return self.root / "trust.json"
 
     @property
@@ -76,45 +71,9 @@ class StateLayout:
         """Where our processes log."""
         return self.root / "logs"
 
-
-@dataclass(frozen=True)
-class LedgerId:
-    """Which ledger this gateway writes and who may write it: the public keys of its registrar and processes.
-
-    `authors` maps coordinator and validator names to their 32-byte Ed25519 public keys.
-    """
-
-    ledger: bytes
-    epoch: int
-    origin: str
-    registrar: bytes
-    authors: dict[str, bytes]
-
-    @property
-    def validators(self) -> dict[str, bytes]:
-        """The validators' keys by name."""
-        return {n: k for n, k in self.authors.items() if n.startswith("validator-")}
-
-    def to_json(self) -> bytes:
-        """The file's content."""
-        facts = {
-            "ledger": self.ledger.hex(),
-            "epoch": self.epoch,
-            "origin": self.origin,
-            "registrar": self.registrar.hex(),
-            "authors": {name: key.hex() for name, key in self.authors.items()},
-        }
-        return json.dumps(facts, indent=1).encode() + b"\n"
-
-    @classmethod
-    def load(cls, path: Path) -> LedgerId:
-        """Read it back; raises ConfigError when it is absent or damaged."""
+    def load_trust(self) -> Trust:
+        """Which ledger this is and whom everyone believes; raises ConfigError when it is absent or damaged."""
         try:
-            facts = json.loads(path.read_bytes())
-            keys = {name: bytes.fromhex(key) for name, key in facts["authors"].items()}
-            registrar = bytes.fromhex(facts["registrar"])
-            return cls(bytes.fromhex(facts["ledger"]), int(facts["epoch"]), str(facts["origin"]), registrar, keys)
+            return parse_trust(self.trust.read_bytes())
         except FileNotFoundError as missing:
-            raise ConfigError(f"{path} is missing: this state directory was never brought up") from missing
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} is damaged: {error!r}") from error
+            raise ConfigError(f"{self.trust} is missing: bring the gateway up first (bmoe up)") from missing

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import structlog
 
-from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey
 from bmoe.ledger.rules.membership import quorum_of
-from bmoe.ledger.rules.trust import Trust, format_trust
+from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.errors import ConfigError
 from bmoe.protocol.files import sync_folder, write_durably
@@ -33,7 +32,7 @@ from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
 from coordinator.identity.infrastructure import SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs
-from coordinator.state_layout import LedgerId, StateLayout
+from coordinator.state_layout import StateLayout
 
 log = structlog.get_logger("up")
 VALIDATORS = ("validator-1",)
@@ -69,8 +68,8 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
     layout = StateLayout(settings.state)
     async with Supervisor(settings.state, _tell) as supervisor:
         identity = prepare_identity(settings.state, VALIDATORS, (settings.host, *settings.public_hosts))
-        ledger_id = prepare_ledger_id(layout, identity)
-        ports = await start_gateway(settings, layout, identity, ledger_id, supervisor)
+        prepare_trust(layout, identity.registrar.public_key)
+        ports = await start_gateway(settings, layout, identity, supervisor)
         say(f"gateway is up: API http://{settings.api_host}:{ports['api']}  state {settings.state}")
         say(
             f"agents join at https://{settings.host}:{ports['fleet']}: bmoe token create --owner NAME --state {settings.state}"
@@ -80,7 +79,7 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
 
 
 async def start_gateway(
-    settings: GatewaySettings, layout: StateLayout, identity: Identity, ledger_id: LedgerId, supervisor: Supervisor
+    settings: GatewaySettings, layout: StateLayout, identity: Identity, supervisor: Supervisor
 ) -> dict[str, int]:
     """Start every process in order and publish the configured models; the ports by name."""
     ports = claim_ports(
@@ -114,31 +113,24 @@ async def start_gateway(
     return ports
 
 
-def prepare_ledger_id(layout: StateLayout, identity: Identity) -> LedgerId:
-    """Which ledger this is, made once; and the policy file that auditors are given."""
-    keys = {COORDINATOR: Signer.load_or_create(layout.signing_key).public_key}
+def prepare_trust(layout: StateLayout, registrar: bytes) -> Trust:
+    """Found a ledger on this machine's keys, once; raises ConfigError when the keys are no longer those it names."""
+    Signer.load_or_create(layout.signing_key)
+    keys = {}
     for name in VALIDATORS:
         private_dir(layout.validator(name))
         keys[name] = Signer.load_or_create(layout.validator(name) / "validator.key").public_key
-    if layout.genesis.exists():
-        known = LedgerId.load(layout.genesis)
-        if (known.registrar, known.authors) != (identity.registrar.public_key, keys):
-            raise ConfigError(f"the keys under {layout.root} are not those that {layout.genesis} names: restore them")
-    else:
-        ledger = secrets.token_bytes(16)
-        origin = f"bmoe.local/{ledger.hex()[:16]}/0"
-        known = LedgerId(ledger, 0, origin, identity.registrar.public_key, keys)
-        write_durably(layout.genesis, known.to_json())
-    trust = Trust(
-        ledger=known.ledger,
-        epoch=known.epoch,
-        origin=known.origin,
-        registrar=known.registrar,
-        validators=tuple(VerifierKey(n, COSIGNATURE_V1, k) for n, k in sorted(known.validators.items())),
-        quorum=quorum_of(len(known.validators)),
-    )
-    write_durably(layout.trust, format_trust(trust))
-    return known
+    validators = tuple(validator_key(name, key) for name, key in keys.items())
+    if layout.trust.exists():
+        trust = layout.load_trust()
+        if (trust.registrar, trust.validators) != (registrar, validators):
+            raise ConfigError(f"the keys under {layout.root} are not those that {layout.trust} names: restore them")
+        return trust
+    ledger = secrets.token_bytes(16)
+    origin = f"bmoe.ledger/{ledger.hex()[:16]}/0"
+    trust = Trust(ledger, 0, origin, registrar, validators, quorum_of(len(validators)))
+    write_durably(layout.trust, format_trust(trust).encode())
+    return trust
 
 
 async def _make_streams(layout: StateLayout, port: int) -> None:
@@ -175,7 +167,7 @@ def _validator(settings: GatewaySettings, layout: StateLayout, name: str, ports:
     arguments = {
         "state": layout.validator(name),
         "name": name,
-        "genesis": layout.genesis,
+        "genesis": layout.trust,
         "signing-key": layout.validator(name) / "validator.key",
         "ca": layout.ca,
         "certificate": layout.certificate(name),

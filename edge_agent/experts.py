@@ -12,7 +12,6 @@ import logging
 import os
 import time
 from collections import OrderedDict
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 
-def event(name: str, **facts: Any) -> str:
+def event(name: str, /, **facts: Any) -> str:
     """The text of one log line. Values with spaces, quotes or control characters are quoted."""
     return " ".join((f"event={name}", *(f"{key}={_shown(value)}" for key, value in facts.items())))
 

@@ -23,7 +23,7 @@ from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Enrolment, Member, open_message, seal_message
 from coordinator.identity.authority import Authority, check_csr, csr_digest, spki_digest
 from coordinator.identity.directory import Directory, Known
-from coordinator.identity.tokens import ID_BYTES, SECRET_BYTES, Grant, TokenStore
+from coordinator.identity.tokens import ID_BYTES, SECRET_BYTES, TokenStore
 
 RESERVED = ("coordinator", "registrar", "validator", "bmoe")
 NO_LEDGER = bytes(16)
@@ -42,9 +42,13 @@ class LedgerPort(Protocol):
 
 @dataclass(frozen=True)
 class Applicant:
-    """An enrolment request that is consistent in itself: possession of both keys is proved, bound to the token."""
+    """An enrolment request that is consistent in itself: possession of both keys is proved, bound to the token.
+
+    `given` is the name that the operator at the board insists on; `name` else only a proposal.
+    """
 
     name: str
+    given: str | None
     public_key: bytes
     csr: x509.CertificateSigningRequest
     csr_digest: bytes
@@ -79,7 +83,7 @@ def read_request(body: Any) -> Applicant:
     key = csr.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
     board = _text(body, "board", 128) if "board" in body else ""
-    return Applicant(header.author, header.public_key, csr, digest, spki_digest(key), token, secret, board)
+    return Applicant(header.author, given, header.public_key, csr, digest, spki_digest(key), token, secret, board)
 
 
 def _proof(body: dict[str, Any], token: bytes, digest: bytes) -> Enrolment:
@@ -100,18 +104,17 @@ def _proof(body: dict[str, Any], token: bytes, digest: bytes) -> Enrolment:
     return header
 
 
-def check_name(applicant: Applicant, directory: Directory) -> Known | None:
-    """The applicant's present membership, if any; raises RefusedError where the name or key is not theirs to take."""
-    name = applicant.name
+def check_name(name: str, public_key: bytes, directory: Directory) -> Known | None:
+    """The present membership under `name`, if any; raises RefusedError where the name or key is not theirs to take."""
     if name.startswith(RESERVED):
         raise RefusedError(f"names that begin with {', '.join(RESERVED)} are reserved, found {name}")
     reason = directory.revocation(name)
     if reason is not None:
         raise RefusedError(f"{name} is revoked ({reason}): enrol the board under a new name, with a new key")
     known = directory.find(name)
-    if known is not None and known.public_key != applicant.public_key:
+    if known is not None and known.public_key != public_key:
         raise RefusedError(f"the name {name} is taken by another signing key: choose another name")
-    other = directory.name_of_key(applicant.public_key)
+    other = directory.name_of_key(public_key)
     if other not in (None, name):
         raise RefusedError(f"this signing key is enrolled as {other} already")
     return known
@@ -137,24 +140,23 @@ class Enroller:
         """Raises RefusedError, or UnavailableError where the ledger is away; the same request may then be repeated."""
         async with self._turn:
             now_ms = int(self._clock() * 1000)
-            shown = (applicant.token, applicant.secret, applicant.name, applicant.csr_digest, applicant.public_key)
-            self._tokens.check(*shown, now_ms)  # a stranger learns nothing about names
-            known = check_name(applicant, self._directory)  # and a refused name costs no token
-            grant = self._tokens.redeem(*shown, now_ms)
+            shown = (applicant.token, applicant.secret, applicant.given, applicant.csr_digest, applicant.public_key)
+            grant = self._tokens.check(*shown, now_ms)  # first, so that a stranger learns nothing about names
+            name = grant.name or applicant.name
+            known = check_name(name, applicant.public_key, self._directory)  # a refused name costs no token
+            self._tokens.redeem(*shown, now_ms)
             if known is None or (known.spki, known.owner) != (applicant.spki, grant.owner):
-                known = await self._enter(applicant, grant, now_ms)
-        certificate = self._authority.issue_device(applicant.csr, applicant.name)
-        return Enrolled(applicant.name, certificate, known.owner, known.statement)
+                member = Known(name, "agent", grant.owner, applicant.public_key, applicant.spki)
+                known = await self._enter(member, grant.batch, now_ms)
+        certificate = self._authority.issue_device(applicant.csr, name)
+        return Enrolled(name, certificate, known.owner, known.statement)
 
-    async def _enter(self, applicant: Applicant, grant: Grant, now_ms: int) -> Known:
-        member = Known(applicant.name, "agent", grant.owner, applicant.public_key, applicant.spki)
-        statement = certify(self._registrar, self._ledger, member, grant.batch, now_ms)
+    async def _enter(self, member: Known, batch: str, now_ms: int) -> Known:
+        statement = certify(self._registrar, self._ledger, member, batch, now_ms)
         await self._ledger.enter((MemberEntry, {"statement": statement}))
-        known = self._directory.find(applicant.name)
+        known = self._directory.find(member.name)
         if known is None or known.statement != statement:
-            raise LedgerError(
-                f"the ledger did not accept {applicant.name}: its log has a rejected entry with the reason"
-            )
+            raise LedgerError(f"the ledger did not accept {member.name}: its log has a rejected entry with the reason")
         return known
 
     def renew(self, known: Known, pem: str) -> bytes:

@@ -82,8 +82,10 @@ class TokenStore:
         )
         return token, secret
 
-    def check(self, token: bytes, secret: bytes, name: str, csr_digest: bytes, public_key: bytes, now_ms: int) -> Grant:
-        """What the token would grant to this name, request and signing key; RefusedError says why nothing."""
+    def check(
+        self, token: bytes, secret: bytes, name: str | None, csr_digest: bytes, public_key: bytes, now_ms: int
+    ) -> Grant:
+        """What the token would grant to this request and signing key, under `name` if that is given; or RefusedError."""
         found = self._db.execute(
             "SELECT secret_digest, name, owner, batch, expires_ms, revoked_ms, used_ms, csr_digest, public_key"
             " FROM token WHERE id = ?",
@@ -95,7 +97,7 @@ class TokenStore:
         _, bound, owner, batch, expires_ms, revoked_ms, used_ms, used_csr, used_key = found
         if revoked_ms is not None:
             raise RefusedError(f"token {token.hex()} was revoked by the operator")
-        if bound is not None and bound != name:
+        if None not in (bound, name) and bound != name:
             raise RefusedError(f"token {token.hex()} is for {bound}, not for {name}")
         if used_ms is not None:
             # A board whose answer was lost asks again with the same bytes; anyone else comes too late.
@@ -106,7 +108,7 @@ class TokenStore:
         return Grant(bound, owner, batch)
 
     def redeem(
-        self, token: bytes, secret: bytes, name: str, csr_digest: bytes, public_key: bytes, now_ms: int
+        self, token: bytes, secret: bytes, name: str | None, csr_digest: bytes, public_key: bytes, now_ms: int
     ) -> Grant:
         """As `check`, and the token is used up for everyone else when this returns."""
         self._db.execute("BEGIN IMMEDIATE")
