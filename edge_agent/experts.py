@@ -19,6 +19,7 @@ from bmoe.inference.runner import ExpertFile
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.files import sync_folder, write_durably
 from bmoe.protocol.messages import Release, open_message
+from bmoe.protocol.threads import in_thread
 from edge_agent.fleet import FleetClient
 from edge_agent.logs import event
 
@@ -33,6 +34,10 @@ class Served:
 
     release: Release
     file: ExpertFile
+
+
+class TooLargeError(RefusedError):
+    """An expert that this board will not hold."""
 
 
 class Experts:
@@ -50,7 +55,7 @@ class Experts:
         folder.mkdir(parents=True, exist_ok=True)
 
     async def get(self, digest: bytes) -> Served:
-        """The expert of that SHA-256. Raises RefusedError when the gateway has released none such or it is too large,
+        """The expert of that SHA-256. Raises RefusedError when the gateway has released none such, TooLargeError,
         UnavailableError when it cannot be fetched now, InputError when what is served is not what was signed."""
         if digest in self._ready:
             self._ready.move_to_end(digest)
@@ -75,10 +80,9 @@ class Experts:
         await asyncio.gather(*self._fetching.values(), return_exceptions=True)
 
     async def _obtain(self, digest: bytes) -> Served:
-        loop = asyncio.get_running_loop()
         try:
             async with self._one_at_a_time:
-                served = await loop.run_in_executor(None, self._fetch, digest)
+                served = await in_thread(lambda: self._fetch(digest))
         except BmoeError as error:
             self._failed[digest] = (time.monotonic(), error)
             while len(self._failed) > KNOWN_MAX:
@@ -124,7 +128,7 @@ class Experts:
         if (release.digest, release.ledger) != (digest, self._ledger):
             raise RefusedError(f"the release served for {digest.hex()[:12]} is of {release.digest.hex()[:12]}")
         if not 0 < release.size <= self._file_bytes:
-            raise RefusedError(f"too-large: {release.expert_name} has {release.size} bytes, we take {self._file_bytes}")
+            raise TooLargeError(f"{release.expert_name} has {release.size} bytes, we take {self._file_bytes}")
         return release
 
     def _download(self, release: Release) -> None:

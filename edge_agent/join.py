@@ -49,13 +49,14 @@ def join(state: Path, token_text: str, *, name: str | None, gateway: str | None,
     url = check_url(gateway) if gateway else token.url
     if name is not None and not is_name(name):
         raise ConfigError(f"a device's name has 1..64 characters a-z 0-9 and inner '-', found {name!r}")
+    previous = _previous(state)
     if identity_file(state).exists() and not force:
-        known = _name_of(state)
-        raise ConfigError(f"this device has joined already, as {known}; --force makes it join anew with new keys")
+        known = previous.name if previous else "something that cannot be read any more"
+        raise ConfigError(f"this device has joined already, as {known}; --force makes it join anew")
     folder = identity_file(state).parent / token.token.hex()
     _private(folder)
-    csr = _keys(folder)
-    request = _request(folder, token, name, csr)
+    csr = _keys(folder, previous)
+    request = _request(folder, token, name, previous.name if previous else None, csr)
 
     unverified = FleetClient(url, _trust_nobody)
     ca = pinned(unverified.get("/v1/ca", 64 * 1024), token.pin)
@@ -64,8 +65,13 @@ def join(state: Path, token_text: str, *, name: str | None, gateway: str | None,
     return _keep(state, folder, url, verified.post_json("/v1/enrol", request))
 
 
-def _keys(folder: Path) -> bytes:
-    """Make what is missing of the TLS key, the signing key and the certificate request; returns the request (PEM)."""
+def _keys(folder: Path, previous: Identity | None) -> bytes:
+    """Make what is missing of the TLS key, the signing key and the certificate request; returns the request (PEM).
+
+    A device that joins anew keeps its signing key: name and standing belong to that key.
+    """
+    if previous is not None and not (folder / "signing.key").exists():
+        write_durably(folder / "signing.key", previous.signer.private_key.private_bytes_raw(), mode=0o600)
     if not (folder / "tls.key").exists():
         made = ec.generate_private_key(ec.SECP256R1())
         pem = made.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
@@ -80,19 +86,21 @@ def _keys(folder: Path) -> bytes:
     return (folder / "device.csr").read_bytes()
 
 
-def _request(folder: Path, token: JoinToken, name: str | None, csr: bytes) -> bytes:
-    """The one request that this device sends for this token: made once, then sent unchanged."""
+def _request(folder: Path, token: JoinToken, name: str | None, previous: str | None, csr: bytes) -> bytes:
+    """The one request that this device sends for this token: made once, then sent unchanged. A name that the operator
+    gave is insisted on; else we only propose one, and the token may be for another."""
     path = folder / "request.json"
     if path.exists():
         sent = json.loads(path.read_bytes())
         if name is not None and name != sent["name"]:
-            raise ConfigError(f"this token was sent already for the name {sent['name']}: leave --name away, or that")
+            first = f"--name {sent['name']}" if sent["name"] else "no --name"
+            raise ConfigError(f"this token was sent already with {first}: repeat it so")
         return path.read_bytes()
     signer = Signer.load(folder / "signing.key")
-    name = name or suggested_name(signer.key_id)
+    proposal = name or previous or suggested_name(signer.key_id)
     der = x509.load_pem_x509_csr(csr).public_bytes(Encoding.DER)
     proof = Enrolment(
-        ledger=bytes(16), epoch=0, author=name, seq=0, public_key=signer.public_key,
+        ledger=bytes(16), epoch=0, author=proposal, seq=0, public_key=signer.public_key,
         csr_digest=hashlib.sha256(der).digest(), token=token.token,
     )  # fmt: skip
     body = {
@@ -184,11 +192,11 @@ def _private(folder: Path) -> None:
         raise ConfigError(f"{folder} cannot be used as the identity's folder: {error.strerror}") from None
 
 
-def _name_of(state: Path) -> str:
+def _previous(state: Path) -> Identity | None:
     try:
-        return load_identity(state).name
+        return load_identity(state)
     except BmoeError:
-        return "something that cannot be read any more"
+        return None
 
 
 def _folder_of(state: Path) -> Path | None:
@@ -198,5 +206,3 @@ def _folder_of(state: Path) -> Path | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return identity_file(state).parent / name if re.fullmatch(r"[0-9a-f]{16}", str(name)) else None
-
-

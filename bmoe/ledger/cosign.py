@@ -52,8 +52,8 @@ class Cosigner:
     async def sign_for_ever(self) -> None:
         """Commit and sign whenever woken; ends only with an error of the store, which must stop the validator."""
         await self._sign(self._store.unsigned())
-        for size, note in self._store.last_notes(REPUBLISHED_AT_START):
-            self._unpublished.append((size, note))
+        self._unpublished.clear()
+        self._unpublished.extend(self._store.last_notes(REPUBLISHED_AT_START))
         self._publish.set()
         while True:
             await self._due.wait()
@@ -90,16 +90,19 @@ class Cosigner:
 
     async def _sign(self, roots: list[tuple[int, bytes]]) -> None:
         """Sign roots that are promised on disk already; of a long backlog only the newest, nobody asks for the rest."""
-        for size, root in roots[-UNPUBLISHED_MAX:]:
-            body = Checkpoint(self._origin, size, root).body()
-            line = cosign(body, self._name, self._signer.private_key, int(time.time()))
-            self._unpublished.append((size, body + "\n" + line))
-            self.signed = size
-        self._store.keep_notes(list(self._unpublished))
-        if roots:
-            self._publish.set()
-            async with self._moved:
-                self._moved.notify_all()
+        notes = [(size, self._note(size, root)) for size, root in roots[-UNPUBLISHED_MAX:]]
+        if not notes:
+            return
+        self._store.keep_notes(notes)
+        self._unpublished.extend(notes)
+        self.signed = notes[-1][0]
+        self._publish.set()
+        async with self._moved:
+            self._moved.notify_all()
+
+    def _note(self, size: int, root: bytes) -> str:
+        body = Checkpoint(self._origin, size, root).body()
+        return body + "\n" + cosign(body, self._name, self._signer.private_key, int(time.time()))
 
 
 class Ticker:

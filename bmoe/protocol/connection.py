@@ -6,11 +6,9 @@ Each connection is a new paho client, so that nothing of one can reach into the 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import socket
 import ssl
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import paho.mqtt.client as mqtt
 from paho.mqtt.enums import CallbackAPIVersion
 
 from bmoe.protocol.errors import UnavailableError
+from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 
 log = logging.getLogger("bmoe.link")
@@ -99,7 +98,7 @@ class Connection:
 
     async def open(self) -> None:
         """Connect and wait for the broker's welcome. Raises UnavailableError naming what stood in the way."""
-        await _in_thread(self._dial, abandon=self._close_socket)
+        await in_thread(self._dial, abandon=self._close_socket)
         if self.client.socket() is None:
             raise UnavailableError(f"connection lost: {self._detail or 'closed by the broker'}")
         self._attach()
@@ -291,32 +290,3 @@ def failed(error: Exception) -> asyncio.Future[None]:
     future = quiet(asyncio.get_running_loop().create_future())
     future.set_exception(error)
     return future
-
-
-async def _in_thread(work: Callable[[], None], *, abandon: Callable[[], None]) -> None:
-    """Run `work` in a thread of its own, which a shutdown does not wait for; `abandon` its result when cancelled.
-
-    A pool would hold up the interpreter's exit for as long as a name server does not answer.
-    """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def deliver(error: BaseException | None) -> None:
-        if future.cancelled():
-            abandon()
-        elif error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
-
-    def run() -> None:
-        error: BaseException | None = None
-        try:
-            work()
-        except BaseException as raised:  # handed over, whatever it is
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process ends, and with it the socket
-            loop.call_soon_threadsafe(deliver, error)
-
-    threading.Thread(target=run, name="bmoe-link-dial", daemon=True).start()
-    await future

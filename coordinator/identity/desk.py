@@ -27,7 +27,7 @@ class LedgerDesk:
         state: State,
         signer: Signer,
         directory: Directory,
-        on_revoked: Callable[[str], None],
+        on_revoked: Callable[[], None],
     ) -> None:
         self.ledger, self.epoch, self.state = state.ledger, state.epoch, state
         self._directory, self._on_revoked = directory, on_revoked
@@ -77,4 +77,4 @@ class LedgerDesk:
 
     def _deny(self, name: str, reason: str) -> None:
         if self._directory.revoked(name, reason):
-            self._on_revoked(name)
+            self._on_revoked()

