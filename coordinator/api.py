@@ -83,8 +83,16 @@ async def _live(gateway: Gateway, request: Request) -> Response:
 
 
 async def _ready(gateway: Gateway, request: Request) -> Response:
-    ready = gateway.link.connected and bool(gateway.catalogue.names())
-    return _json({"ready": ready}, 200 if ready else 503)
+    reasons = [
+        reason
+        for holds, reason in (
+            (gateway.link.connected, "the link to the broker is down"),
+            (bool(gateway.catalogue.names()), "no model is released"),
+            (not gateway.finality.disagreement, gateway.finality.disagreement),
+        )
+        if not holds
+    ]
+    return _json({"ready": not reasons, **({"reasons": reasons} if reasons else {})}, 503 if reasons else 200)
 
 
 async def _server(gateway: Gateway, request: Request) -> Response:

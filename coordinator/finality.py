@@ -8,6 +8,7 @@ from collections import OrderedDict
 import structlog
 
 from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, parse_checkpoint, parse_note, verify_cosignature
+from bmoe.ledger.rules.merkle import Frontier, leaf_hash
 from bmoe.ledger.rules.state import Applied, State
 from bmoe.ledger.stream import LedgerStream
 from bmoe.protocol.errors import ProofError
@@ -27,17 +28,26 @@ class Finality:
         self._index: OrderedDict[bytes, int] = OrderedDict()
         self._grown = asyncio.Condition()
         self.final_size = 0
+        self.disagreement = ""
+        self._tree = Frontier()
+        self._roots: OrderedDict[int, bytes] = OrderedDict()
 
     async def follow(self, stream: LedgerStream) -> None:
         """Begin to listen; cosignatures are verified, whoever brings them."""
         await stream.client.subscribe(CHECKPOINT_SUBJECTS, cb=self._on_message)
 
     def on_applied(self, applied: Applied) -> None:
-        """Note where verdicts and answers stand."""
+        """Note where verdicts and answers stand, and grow our own tree: its roots must be the validators'."""
+        for leaf in applied.leaves:
+            self._tree.append(leaf_hash(leaf))
         for event in applied.events:
             if event.kind in ("verdict", "answer"):
                 entry = event.facts["entry"]
                 self._index[entry.request if event.kind == "answer" else entry.task] = event.facts["index"]
+            elif event.kind == "tick" and event.facts["size"] == self._tree.size:
+                self._roots[self._tree.size] = self._tree.root()
+        while len(self._roots) > SIZES_KEPT:
+            self._roots.popitem(last=False)
         while len(self._index) > INDICES_KEPT:
             self._index.popitem(last=False)
 
@@ -67,12 +77,22 @@ class Finality:
         async with self._grown:
             self._grown.notify_all()
 
+    def _compare(self, size: int, root: bytes) -> None:
+        """Validators that reject what we entered have another root: then nothing we decide is committed any more."""
+        own = self._roots.get(size)
+        if own is not None and own != root and not self.disagreement:
+            self.disagreement = (
+                f"validators cosigned {root.hex()[:16]} at size {size}, this coordinator has {own.hex()[:16]}"
+            )
+            log.critical("validators_disagree", detail=self.disagreement)
+
     def note(self, data: bytes) -> None:
         """Count the cosignatures of one checkpoint note; raises ProofError when it is not one of this ledger."""
         note = parse_note(data)
         checkpoint = parse_checkpoint(note.text)
         if checkpoint.origin != self._state.origin:
             raise ProofError(f"checkpoint of {checkpoint.origin!r}, this is {self._state.origin!r}")
+        self._compare(checkpoint.size, checkpoint.root)
         cosigners = self._cosigned.setdefault((checkpoint.size, checkpoint.root), set())
         for name, public_key in self._state.validators.items():
             try:

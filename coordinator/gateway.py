@@ -197,8 +197,8 @@ class Gateway:
 
     async def _abandon_leftovers(self) -> None:
         leftovers = list(self.state.open.items())
-        for task, (expert, rows, _) in leftovers:
-            await self.committer.abandon(task, expert, rows, self.state.size)
+        for task, slot in leftovers:
+            await self.committer.abandon(task, slot.expert, slot.rows, self.state.size)
         if leftovers:
             log.warning("tasks_abandoned", count=len(leftovers), reason="an earlier run ended before their verdicts")
 

@@ -71,9 +71,7 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
         prepare_trust(layout, identity.registrar.public_key)
         ports = await start_gateway(settings, layout, identity, supervisor)
         say(f"gateway is up: API http://{settings.api_host}:{ports['api']}  state {settings.state}")
-        say(
-            f"agents join at https://{settings.host}:{ports['fleet']}: bmoe token create --owner NAME --state {settings.state}"
-        )
+        say(f"a token for a board: bmoe token create --owner NAME --state {settings.state}")
         await stopping
         say("stopping")
 
@@ -86,7 +84,7 @@ async def start_gateway(
         settings.state,
         {
             "api": Listen(settings.api_host, settings.api_port or None),
-            "fleet": Listen(settings.host, settings.fleet_port or None),
+            "fleet.https": Listen(settings.host, settings.fleet_port or None),
         },
     )
     keys = identity.broker_keys
@@ -104,12 +102,12 @@ async def start_gateway(
     await supervisor.start(ledger.child)
     await _make_streams(layout, ledger.ports["client"])
     ports |= {"broker.mqtt": broker.ports["mqtt"], "ledger.client": ledger.ports["client"]}
-    await supervisor.start(_process(settings, "registrar", "coordinator.identity.registrar"))
+    await supervisor.start(_registrar(settings))
     await asyncio.gather(
         asyncio.to_thread(_publish_models, settings, layout),
         *(supervisor.start(_validator(settings, layout, name, ports)) for name in VALIDATORS),
     )
-    await supervisor.start(_process(settings, COORDINATOR, "coordinator.service"))
+    await supervisor.start(_child(settings, COORDINATOR, ("-m", "coordinator.service", "--state", str(settings.state))))
     return ports
 
 
@@ -159,8 +157,10 @@ def _publish_models(settings: GatewaySettings, layout: StateLayout) -> None:
         )
 
 
-def _process(settings: GatewaySettings, name: str, module: str) -> Child:
-    return _child(settings, name, ("-m", module, "--state", str(settings.state)))
+def _registrar(settings: GatewaySettings) -> Child:
+    advertised = settings.public_hosts[0] if settings.public_hosts else settings.host
+    flags = ("--state", str(settings.state), "--host", settings.host, "--advertise", advertised)
+    return _child(settings, "registrar", ("-m", "coordinator.identity.registrar", *flags))
 
 
 def _validator(settings: GatewaySettings, layout: StateLayout, name: str, ports: dict[str, int]) -> Child:
@@ -174,7 +174,7 @@ def _validator(settings: GatewaySettings, layout: StateLayout, name: str, ports:
         "key": layout.key(name),
         "ledger-host": "127.0.0.1",
         "ledger-port": ports["ledger.client"],
-        "gateway": f"https://localhost:{ports['fleet']}",
+        "gateway": f"https://localhost:{ports['fleet.https']}",
         "mqtt-host": "127.0.0.1",
         "mqtt-port": ports["broker.mqtt"],
     }

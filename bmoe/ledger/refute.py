@@ -28,10 +28,18 @@ from bmoe.ledger.rules.outputs import (
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.ledger.store import Store
-from bmoe.protocol.errors import InferenceError, InputError, LedgerError, MessageError, UnavailableError
+from bmoe.protocol.errors import InferenceError, LedgerError, MessageError
 from bmoe.protocol.keys import Signer
-from bmoe.protocol.messages import MAX_TENSORS, Output, Release, Task, open_message, seal_header, tensor_specs
-from bmoe.protocol.messages import tensors_from as tensors_of
+from bmoe.protocol.messages import (
+    MAX_TENSORS,
+    Output,
+    Release,
+    Task,
+    open_message,
+    seal_header,
+    tensor_specs,
+    tensors_from,
+)
 from bmoe.protocol.tensors import Tensor
 
 RUN_TIMEOUT_S = 60.0
@@ -104,8 +112,13 @@ class Reexecutor:
         return Finding(own, await self._contradicted(verdict, release, own.candidate))
 
     def claim(self, task: bytes, finding: Finding) -> tuple[type[Claim], dict[str, Any], list[bytes]] | None:
-        """The entry to make of a finding, with its attachments; None when all of it is claimed by us already."""
-        fresh = [t for t in finding.targets if self._name not in self._state.claims.get((task, t[0]), ())]
+        """The entry to make of a finding, with its attachments; None when nothing of it is still to be claimed."""
+
+        def settled(target: str) -> bool:
+            supporters = self._state.claims.get((task, target), set())
+            return self._name in supporters or len(supporters) >= self._state.quorum
+
+        fresh = [t for t in finding.targets if not settled(t[0])]
         if not fresh or task not in self._state.closed:
             return None
         known = all((task, target[0]) in self._state.claims for target in fresh)
@@ -165,12 +178,8 @@ def read_inputs(data: bytes, verdict: Verdict, release: Release) -> tuple[Tensor
         raise MessageError(f"the evidence for task {verdict.task.hex()} is of another task")
     if not parts:
         raise MessageError(f"the evidence for task {verdict.task.hex()} carries no input")
-    tensors = tensors_of(header.inputs, parts[1:])
+    tensors = tensors_from(header.inputs, parts[1:])
     check_specs(tensors, release.inputs, verdict.rows if release.batch else None)
     if commit_rows("", parts[0], tensors, verdict.rows) != verdict.input_root:
         raise MessageError(f"the evidence for task {verdict.task.hex()} is not the input that its verdict commits to")
     return tensors
-
-
-RETRY = (UnavailableError,)
-GIVE_UP = (InputError, InferenceError, LedgerError)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmoe.ledger.author import FrameAuthor
-from bmoe.ledger.refute import GIVE_UP, RETRY, Reexecutor
+from bmoe.ledger.refute import Reexecutor
 from bmoe.ledger.rules.entries import Verdict
 from bmoe.ledger.rules.state import State
-from bmoe.protocol.errors import BmoeError
+from bmoe.protocol.errors import BmoeError, UnavailableError
 
 log = logging.getLogger("bmoe.validator")
 
@@ -105,7 +105,10 @@ class SpotChecks:
             return
         if contradicted:
             self.queue(Job(entry.task, "claim"))
-        elif self._random.random() < self._rates.rate(self.clean):
+            return
+        # A referee may lie together with the agents it agrees with, so its verdicts are drawn as well, at the floor.
+        rate = self._rates.floor if entry.referee else self._rates.rate(self.clean)
+        if self._random.random() < rate:
             self.queue(Job(entry.task, "spot"))
 
     def _unless_supported(self, task: bytes, targets: Iterable[str]) -> None:
@@ -137,11 +140,11 @@ class SpotChecks:
             try:
                 finding = await self._reexecutor.examine(job.task, job.message)
                 break
-            except RETRY as error:
+            except UnavailableError as error:
                 log.info("re-execution waits task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
                 if attempt < ATTEMPTS:
                     await asyncio.sleep(RETRY_S * attempt)
-            except GIVE_UP as error:
+            except BmoeError as error:
                 log.warning("re-execution failed task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
                 return
         else:

@@ -7,30 +7,35 @@ from typing import Any
 from bmoe.ledger.rules.entries import Entry, Genesis, MemberEntry
 from bmoe.ledger.rules.membership import RULES_VERSION, quorum_of
 from bmoe.ledger.rules.state import State
+from bmoe.ledger.rules.trust import Trust
 from coordinator.identity.directory import Known
 from coordinator.identity.enrol import LedgerPort, certify
 from coordinator.identity.infrastructure import Identity
-from coordinator.state_layout import LedgerId
 
 OWNER = "operator"
+COORDINATOR = "coordinator"
 
 
 def missing_entries(
-    founded: LedgerId, state: State, identity: Identity, ledger: LedgerPort, now_ms: int
+    trust: Trust, coordinator: bytes, state: State, identity: Identity, ledger: LedgerPort, now_ms: int
 ) -> list[tuple[type[Entry], dict[str, Any]]]:
-    """What the ledger lacks of genesis and members; the same code founds it and repairs a half-founded one."""
+    """What the ledger lacks of genesis and members, `coordinator` being our coordinator's public key.
+
+    The same code founds a ledger and repairs a half-founded one.
+    """
+    validators = {key.name: key.public_key for key in trust.validators}
     entries: list[tuple[type[Entry], dict[str, Any]]] = []
     if not state.origin:
         fields = {
-            "origin": founded.origin,
-            "registrar": founded.registrar,
-            "validators": tuple(founded.validators.items()),
-            "quorum": quorum_of(len(founded.validators)),
+            "origin": trust.origin,
+            "registrar": trust.registrar,
+            "validators": tuple(validators.items()),
+            "quorum": quorum_of(len(validators)),
             "rules": RULES_VERSION,
         }
         entries.append((Genesis, fields))
-    for name, public_key in founded.authors.items():
-        role = "validator" if name in founded.validators else "coordinator"
+    for name, public_key in {COORDINATOR: coordinator, **validators}.items():
+        role = "coordinator" if name == COORDINATOR else "validator"
         wanted = Known(name, role, OWNER, public_key, identity.spki(name))
         found = state.members.get(name)
         if found is None or (found.public_key, found.spki) != (public_key, wanted.spki):

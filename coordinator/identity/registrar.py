@@ -1,6 +1,6 @@
 """The registrar's process: it alone holds the CA's and the registrar's key. HTTPS server, auth callout, ledger desk.
 
-Started by `bmoe up` as `python -m coordinator.identity.registrar --state DIR` once certificates, genesis.json and
+Started by `bmoe up` as `python -m coordinator.identity.registrar --state DIR` once certificates, trust.json and
 ports.json lie in DIR and both NATS servers run.
 """
 
@@ -25,6 +25,7 @@ from bmoe.ledger.rules.entries import Revocation
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerError, UnavailableError
+from bmoe.protocol.keys import Signer
 from bmoe.storage.evidence import EvidenceReader
 from bmoe.storage.manifest import Model
 from coordinator.config import GatewaySettings, load_settings
@@ -45,7 +46,7 @@ from coordinator.identity.releases import release_entries
 from coordinator.identity.server import Fleet, make_app
 from coordinator.identity.tokens import TokenStore
 from coordinator.logs import set_up_logs
-from coordinator.state_layout import LedgerId, StateLayout
+from coordinator.state_layout import StateLayout
 
 AGAIN_S = 1.0
 Report = Callable[..., Any]
@@ -112,21 +113,22 @@ class Registrar:
         return position
 
     async def _open_ledger(self, stack: contextlib.AsyncExitStack, port: int) -> asyncio.Task[None]:
-        founded = LedgerId.load(self.layout.genesis)
-        if founded.registrar != self.identity.registrar.public_key:
-            raise ConfigError(f"{self.layout.genesis} names another registrar key: restore both from one backup")
+        trust = self.layout.load_trust()
+        if trust.registrar != self.identity.registrar.public_key:
+            raise ConfigError(f"{self.layout.trust} names another registrar key: restore both from one backup")
         files = self.identity.tls("registrar")
         access = LedgerAccess("127.0.0.1", port, files.ca, files.cert, files.key)
         stream = await LedgerStream.connect(access, "registrar")
         stack.push_async_callback(stream.close)
-        state = State(founded.ledger, founded.epoch, founded.registrar)
+        state = State(trust.ledger, trust.epoch, trust.registrar)
         self._desk = LedgerDesk(stream, state, self.identity.registrar, self.directory, self._sweep.set)
         stack.push_async_callback(self._desk.close)
         following = await self._desk.open()
-        missing = missing_entries(founded, state, self.identity, self._desk, time.time_ns() // 1_000_000)
+        coordinator = Signer.load_or_create(self.layout.signing_key).public_key
+        missing = missing_entries(trust, coordinator, state, self.identity, self._desk, time.time_ns() // 1_000_000)
         if missing:
             await self._desk.enter(*missing)
-            self.report("ledger_founded", origin=founded.origin, entries=len(missing))
+            self.report("ledger_founded", origin=trust.origin, entries=len(missing))
         return following
 
     async def _open_broker(self, stack: contextlib.AsyncExitStack, port: int) -> None:

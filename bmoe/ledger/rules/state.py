@@ -19,7 +19,7 @@ from bmoe.protocol.errors import BmoeError, InputError, RefusedError
 from bmoe.protocol.messages import Member, ModelRelease, Release
 
 TASK_WINDOW_MS = 20 * 60 * 1000
-AS_OF_SLACK = 65536
+AS_OF_SLACK = 4096
 # What malformed content could still raise in a rule: it must become a rejected leaf, never halt the log.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
@@ -35,6 +35,15 @@ class AuthorState:
     seq: int = 0
     previous: bytes = NO_FRAME
     fenced: str = ""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A task opened and without verdict: its expert and batch, and the size of the tree when it was opened."""
+
+    expert: bytes
+    rows: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class State:
     releases: dict[bytes, Release] = field(default_factory=dict)
     release_statements: dict[bytes, bytes] = field(default_factory=dict)
     models: dict[str, ModelRelease] = field(default_factory=dict)
-    open: dict[bytes, tuple[bytes, int, int]] = field(default_factory=dict)
+    open: dict[bytes, Slot] = field(default_factory=dict)
     closed: OrderedDict[bytes, Closed] = field(default_factory=OrderedDict)
     claims: dict[tuple[bytes, str], set[str]] = field(default_factory=dict)
     complaints: set[tuple[bytes, str]] = field(default_factory=set)

@@ -69,7 +69,9 @@ def parse_trust(data: str | bytes) -> Trust:
         raise ConfigError("trust file: two validators share a name or a key, so they could not count as two")
     quorum, needed = values["quorum"], quorum_of(len(keys))
     if type(quorum) is not int or not needed <= quorum <= len(keys):
-        raise ConfigError(f"trust file: quorum of {len(keys)} validators must be {needed}..{len(keys)}, found {quorum!r}")
+        raise ConfigError(
+            f"trust file: quorum of {len(keys)} validators must be {needed}..{len(keys)}, found {quorum!r}"
+        )
     return Trust(**vars(anchor), validators=keys, quorum=quorum)
 
 

@@ -7,7 +7,7 @@ from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_
 from bmoe.ledger.rules.policies import Ballot, Decision, Vote, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.standing import Act, Standing
-from bmoe.ledger.rules.state import AS_OF_SLACK, TASK_WINDOW_MS, Closed, Context, Event, FalseEntryError, State
+from bmoe.ledger.rules.state import AS_OF_SLACK, TASK_WINDOW_MS, Closed, Context, Event, FalseEntryError, Slot, State
 from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
 from bmoe.protocol.messages import Release
@@ -29,7 +29,7 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     if len({t[0] for t in entry.tasks}) != len(entry.tasks):
         raise RefusedError("a task is opened twice in one entry")
     for task, expert, rows in entry.tasks:
-        state.open[task] = (expert, rows, entry.time_ms)
+        state.open[task] = Slot(expert, rows, state.size)
     return [Event("opened", {"tasks": tuple(t[0] for t in entry.tasks)})]
 
 
@@ -40,11 +40,12 @@ def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
     slot = state.open.get(entry.task)
     if slot is None:
         raise RefusedError(f"task {entry.task.hex()} is not open: it was never opened, or has its verdict")
-    if slot[:2] != (entry.expert, entry.rows):
+    if (slot.expert, slot.rows) != (entry.expert, entry.rows):
         raise RefusedError(f"task {entry.task.hex()} was opened for another expert or batch")
-    # 2. Standing is read as of a recent size that both author and readers have.
-    if not state.size - AS_OF_SLACK <= entry.as_of <= state.size:
-        raise RefusedError(f"as_of {entry.as_of} is not a recent size of this ledger ({state.size})")
+    # 2. Standing is read as of a size that author and readers have both seen, while the task was open; the slack is
+    # for an author that had not yet read its own latest frames back.
+    if not slot.size - AS_OF_SLACK <= entry.as_of <= state.size:
+        raise RefusedError(f"as_of {entry.as_of} is not a size of this ledger ({state.size}) while the task was open")
     release = state.releases[entry.expert]
     if len(entry.stances) != len(entry.outputs) or len(entry.openings) != len(entry.outputs) + bool(entry.referee):
         raise MessageError("a verdict has one stance and one opening for each output")
