@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import structlog
@@ -53,7 +54,7 @@ class Answerer:
         sharer: Sharer,
         committer: Committer,
         signer: Signer,
-        common: dict[str, object],
+        common: dict[str, Any],
         promise_ms: int,
         final: Callable[[int, bytes], Awaitable[None]],
     ) -> None:

@@ -59,6 +59,10 @@ class Committer:
         """Keep a task's input where validators can fetch it."""
         await self._evidence.keep([(task, message)])
 
+    async def keep_evidence(self, digest: bytes, message: bytes) -> None:
+        """Keep a signed message by its digest, whatever it proves."""
+        await self._evidence.keep([(digest, message)])
+
     async def verdict(self, job: Job, collection: Collection, decision: Decision, as_of: int, reason: str) -> int:
         """Enter a verdict; the position of its frame."""
         received = list(collection.received.values())[:MAX_OUTPUTS]

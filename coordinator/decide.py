@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import time
 from collections import OrderedDict
@@ -68,6 +69,7 @@ class _Done:
     """A job just decided: late outputs are still compared with it."""
 
     job: Job
+    assigned: frozenset[str]
     received: dict[str, bytes]
     accepted: Accepted | None
 
@@ -111,7 +113,7 @@ class Decider:
             return
         collection = running.collection
         if agent not in collection.assigned:
-            self._refuse(agent, task, "it was not given this task")
+            self._refuse(sealed, "it was not given this task")
             return
         known = collection.received.get(agent)
         if known is not None:
@@ -226,7 +228,7 @@ class Decider:
         job, collection = running.job, running.collection
         accepted = _accepted(job, collection, decision)
         received = {a: r.envelope for a, r in collection.received.items()}
-        self._done[job.task] = _Done(job, received, accepted)
+        self._done[job.task] = _Done(job, frozenset(collection.assigned), received, accepted)
         while len(self._done) > CLOSED_KEPT:
             self._done.popitem(last=False)
         self._release(running)
@@ -266,14 +268,19 @@ class Decider:
         agent, task = sealed.header.author, sealed.header.task
         done = self._done.get(task)
         if done is None:
-            self._refuse(agent, task, "the task is unknown or long closed")
+            self._refuse(sealed, "the task is unknown or long closed")
             return
         first = done.received.get(agent)
-        if first is None:
+        if agent not in done.assigned:
+            self._refuse(sealed, "it was not given this task")
+        elif first is None:
             self.tally.late += 1
             done.received[agent] = sealed.raw
+            log.info("output_late", agent=agent, task=task.hex())
         elif first != sealed.raw:
             self._equivocated(agent, task, first, sealed.raw)
+        else:
+            self._refuse(sealed, "it is a replay of an output already counted")
 
     def _equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
         log.warning("equivocation", agent=agent, task=task.hex())
@@ -281,9 +288,17 @@ class Decider:
         if self._state.standing(agent) is not Standing.REVOKED:
             self._spawn(_entered(self._committer.equivocation(first, second)))
 
-    def _refuse(self, agent: str, task: bytes, reason: str) -> None:
+    def _refuse(self, sealed: Sealed[Output], reason: str) -> None:
+        """Not counted, named in the log, and kept as signed evidence: at most a few a minute for each agent."""
+        agent = sealed.header.author
         self.tally.refused_outputs += 1
-        log.warning("output_refused", agent=agent, task=task.hex(), reason=reason)
+        presence, message = self._fleet.of(agent), sealed.message()
+        digest = hashlib.sha256(message).digest()
+        kept = presence.may_keep(time.monotonic())
+        if kept:
+            self._spawn(self._committer.keep_evidence(digest, message))
+        evidence = digest.hex() if kept else ""
+        log.warning("output_refused", agent=agent, task=sealed.header.task.hex(), reason=reason, evidence=evidence)
 
 
 def _accepted(job: Job, collection: Collection, decision: Decision) -> Accepted | None:

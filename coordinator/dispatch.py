@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link
@@ -16,7 +17,7 @@ class Dispatcher:
 
     def __init__(self, link: Link, signer: Signer, author: str, ledger: bytes, epoch: int) -> None:
         self._link, self._signer = link, signer
-        self._common = {"ledger": ledger, "epoch": epoch, "author": author}
+        self._common: dict[str, Any] = {"ledger": ledger, "epoch": epoch, "author": author}
         self._counter = Counter()
 
     def task_message(self, job: Job, agent: str, timeout_ms: int) -> bytes:

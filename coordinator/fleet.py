@@ -25,6 +25,7 @@ from coordinator.route import Eligible
 SUSPICION_S = 60.0
 LATENCIES_KEPT = 256
 VIEW_EVERY_S = 1.0
+EVIDENCE_A_MINUTE = 10
 
 
 class DurableStorage(Storage):
@@ -56,6 +57,14 @@ class Presence:
     health: Health | None = None
     suspected_until: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=32))
+    kept: deque[float] = field(default_factory=lambda: deque(maxlen=EVIDENCE_A_MINUTE))
+
+    def may_keep(self, now: float) -> bool:
+        """Whether one more refused message of this agent may be kept as evidence: a liar must not fill the disk."""
+        if len(self.kept) == EVIDENCE_A_MINUTE and now - self.kept[0] < 60:
+            return False
+        self.kept.append(now)
+        return True
 
 
 class Fleet:

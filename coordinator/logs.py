@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 import structlog
 
 
 def set_up_logs(process: str, level: int = logging.INFO) -> None:
     """Send structlog and the standard library's logging to stderr as JSON lines."""
-    shared = [
+    shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -28,3 +29,5 @@ def set_up_logs(process: str, level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    # asyncio says of every TLS connection that ends that a return value of a library had no effect.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)

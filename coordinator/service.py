@@ -42,7 +42,7 @@ async def serve(state: Path) -> None:
     loop = asyncio.get_running_loop()
     stopping = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: stopping.done() or stopping.set_result(None))
+        loop.add_signal_handler(number, _set, stopping)
     while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn tells it by no event)
         await asyncio.sleep(0.01)
     notify_ready(port=ports["api"])
@@ -72,6 +72,11 @@ def main(argv: list[str] | None = None) -> int:
         log.error("stopped", error=str(error))
         return 1
     return 0
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 if __name__ == "__main__":

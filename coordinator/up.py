@@ -53,7 +53,7 @@ async def _run(settings: GatewaySettings, say: Callable[[str], None]) -> None:
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: stopping.done() or stopping.set_result(None))
+        loop.add_signal_handler(number, _set, stopping)
     set_up_logs("up")
     starting = asyncio.ensure_future(_serve(settings, say, stopping))
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -84,7 +84,7 @@ async def start_gateway(
         settings.state,
         {
             "api": Listen(settings.api_host, settings.api_port or None),
-            "fleet.https": Listen(settings.host, settings.fleet_port or None),
+            "fleet": Listen(settings.host, settings.fleet_port or None),
         },
     )
     keys = identity.broker_keys
@@ -102,10 +102,12 @@ async def start_gateway(
     await supervisor.start(ledger.child)
     await _make_streams(layout, ledger.ports["client"])
     ports |= {"broker.mqtt": broker.ports["mqtt"], "ledger.client": ledger.ports["client"]}
-    await supervisor.start(_registrar(settings))
+    await supervisor.start(
+        _child(settings, "registrar", ("-m", "coordinator.identity.registrar", "--state", str(settings.state)))
+    )
     await asyncio.gather(
         asyncio.to_thread(_publish_models, settings, layout),
-        *(supervisor.start(_validator(settings, layout, name, ports)) for name in VALIDATORS),
+        *(supervisor.start(_validator(settings, name, ports)) for name in VALIDATORS),
     )
     await supervisor.start(_child(settings, COORDINATOR, ("-m", "coordinator.service", "--state", str(settings.state))))
     return ports
@@ -157,25 +159,12 @@ def _publish_models(settings: GatewaySettings, layout: StateLayout) -> None:
         )
 
 
-def _registrar(settings: GatewaySettings) -> Child:
-    advertised = settings.public_hosts[0] if settings.public_hosts else settings.host
-    flags = ("--state", str(settings.state), "--host", settings.host, "--advertise", advertised)
-    return _child(settings, "registrar", ("-m", "coordinator.identity.registrar", *flags))
-
-
-def _validator(settings: GatewaySettings, layout: StateLayout, name: str, ports: dict[str, int]) -> Child:
+def _validator(settings: GatewaySettings, name: str, ports: dict[str, int]) -> Child:
     arguments = {
-        "state": layout.validator(name),
+        "state": settings.state,
         "name": name,
-        "genesis": layout.trust,
-        "signing-key": layout.validator(name) / "validator.key",
-        "ca": layout.ca,
-        "certificate": layout.certificate(name),
-        "key": layout.key(name),
-        "ledger-host": "127.0.0.1",
         "ledger-port": ports["ledger.client"],
-        "gateway": f"https://localhost:{ports['fleet.https']}",
-        "mqtt-host": "127.0.0.1",
+        "gateway": f"https://localhost:{ports['fleet']}",
         "mqtt-port": ports["broker.mqtt"],
     }
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
@@ -210,3 +199,8 @@ def _tell(event: Event) -> None:
         log.warning(f"process_{event.kind}", name=event.child, pid=event.pid, code=event.code, detail=event.detail)
     else:
         log.info(f"process_{event.kind}", name=event.child, pid=event.pid)
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

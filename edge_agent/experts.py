@@ -184,5 +184,3 @@ def _measure(path: Path) -> tuple[int, bytes]:
             digest.update(chunk)
             size += len(chunk)
     return size, digest.digest()
-
-

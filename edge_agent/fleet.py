@@ -62,9 +62,7 @@ class FleetClient:
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
     ) -> Iterator[http.client.HTTPResponse]:
         headers = {**(headers or {}), **({"Content-Type": "application/json"} if body is not None else {})}
-        connection = http.client.HTTPSConnection(
-            self.host, self.port, timeout=self._timeout_s, context=self._context()
-        )
+        connection = http.client.HTTPSConnection(self.host, self.port, timeout=self._timeout_s, context=self._context())
         with contextlib.closing(connection):
             with self._named(path):
                 connection.request(method, path, body, headers)

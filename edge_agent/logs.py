@@ -23,7 +23,7 @@ def set_up(level: str) -> None:
     import os
 
     stamp = "" if "JOURNAL_STREAM" in os.environ else "time=%(asctime)s.%(msecs)03dZ "
-    logging.Formatter.converter = _utc
+    logging.Formatter.converter = staticmethod(_utc)
     logging.basicConfig(
         level=level.upper(),
         stream=sys.stderr,

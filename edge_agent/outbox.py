@@ -35,7 +35,7 @@ CREATE TABLE fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 """
 
 
-@dataclass
+@dataclass(slots=True)
 class Kept:
     """What is remembered in memory of a kept output."""
 

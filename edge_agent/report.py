@@ -45,7 +45,7 @@ class Reporter:
 
     async def again(self, task: bytes) -> None:
         """Publish the stored output of a task once more, for a coordinator that asks again."""
-        message = await self._outbox.message(task)
+        message = None if task in self._on_the_way else await self._outbox.message(task)
         if message is not None:
             await self.report(task, message)
 

@@ -121,7 +121,7 @@ class FrameAuthor:
 
     async def _append(self, group: Sequence[_Waiting]) -> int:
         time_ms = self._clock()
-        common = {"ledger": self.ledger, "epoch": self.epoch, "author": self.name, "seq": self._seq + 1}
+        common: dict[str, Any] = {"ledger": self.ledger, "epoch": self.epoch, "author": self.name, "seq": self._seq + 1}
         entries = [kind(**common, time_ms=time_ms, **fields).to_bytes() for w in group for kind, fields in w.kinds]
         frame, digest = build_frame(
             self._signer,

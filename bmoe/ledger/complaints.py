@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.cosign import may_write
 from bmoe.ledger.rules.claims import read_complaint
 from bmoe.ledger.rules.entries import ComplaintEntry
 from bmoe.ledger.rules.state import State
@@ -80,6 +81,8 @@ class Complaints:
         sealed, _, _ = read_complaint(self._state, entry)
         if sealed.header.author != agent:
             raise RefusedError(f"{agent} sends a complaint signed by {sealed.header.author}")
+        if not may_write(self._state, self._author.name):
+            raise RefusedError(f"{self._author.name} may not write to the ledger now")
         if (task, agent) in self._state.complaints:
             raise RefusedError(f"{agent} has complained of task {task.hex()} already")
         await self._author.enter((ComplaintEntry, fields))

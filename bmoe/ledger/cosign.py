@@ -128,7 +128,7 @@ class Ticker:
             await asyncio.sleep(max(self._turn_s(), self._last + TICK_EVERY_S - time.monotonic()))
             if not self._grown.is_set():
                 continue
-            if not self._may_write():
+            if not may_write(self._state, self._author.name):
                 await asyncio.sleep(TICK_EVERY_S)
                 continue
             self._last = time.monotonic()
@@ -143,8 +143,11 @@ class Ticker:
             return TICK_EVERY_S
         return (names.index(self._author.name) + self._state.size) % len(names) * TURN_S
 
-    def _may_write(self) -> bool:
-        """A frame of a stranger is rejected whole and leaves its author's chain broken for ever: never write one."""
-        name = self._author.name
-        known = self._state.authors.get(name)
-        return name in self._state.members and not (known and known.fenced)
+
+def may_write(state: State, name: str) -> bool:
+    """Whether frames of this member can be accepted now.
+
+    A frame of a stranger is rejected whole and leaves its author's chain broken for ever: never write one.
+    """
+    known = state.authors.get(name)
+    return name in state.members and not (known and known.fenced)

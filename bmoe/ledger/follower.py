@@ -12,6 +12,7 @@ from bmoe.protocol.errors import BmoeError
 
 Fetch = Callable[[bytes], Awaitable[bytes]]
 OnApplied = Callable[[StreamMessage, Applied], None]
+Recompute = Callable[[StreamMessage], bool]
 
 
 class Follower:
@@ -22,7 +23,7 @@ class Follower:
         stream: LedgerStream,
         state: State,
         *,
-        recompute: bool,
+        recompute: bool | Recompute,
         fetch: Fetch | None = None,
         on_applied: OnApplied | None = None,
         position: int = 0,
@@ -86,11 +87,12 @@ class Follower:
 
     async def _fold(self, message: StreamMessage) -> Applied:
         fetched: dict[bytes, bytes] = {}
-        if self._recompute and self._fetch is not None:
+        recompute = self._recompute(message) if callable(self._recompute) else self._recompute
+        if recompute and self._fetch is not None:
             try:
                 missing = parse_frame(message.data).missing
             except BmoeError:
                 missing = ()
             for digest in missing:
                 fetched[digest] = await self._fetch(digest)
-        return apply_message(self.state, message.data, fetched, self._recompute)
+        return apply_message(self.state, message.data, fetched, recompute)

@@ -146,7 +146,7 @@ class ReceiptService:
 def _parse(data: bytes) -> tuple[str, bytes, int | None]:
     """(kind, id, size) of a request; raises MessageError."""
     try:
-        values = json.loads(data) if len(data) <= REQUEST_BYTES else None
+        values: Any = json.loads(data) if len(data) <= REQUEST_BYTES else None
         size = values.pop("size", None)
         ((field, name),) = values.items()
         raw = bytes.fromhex(name)
@@ -177,7 +177,7 @@ def read_reply(data: bytes) -> str:
         except UnicodeDecodeError as error:
             raise InputError("the reply is neither a receipt nor an error") from error
     try:
-        error = json.loads(data)["error"]
+        said = str(json.loads(data)["error"])[:300]
     except (ValueError, LookupError, TypeError) as wrong:
         raise InputError("the reply is neither a receipt nor an error") from wrong
-    raise UnavailableError(str(error)[:300])
+    raise UnavailableError(said)

@@ -151,7 +151,9 @@ class Reexecutor:
         )
         candidate = candidate_of(header, tensors, release)
         if candidate is None:
-            raise InferenceError(f"expert {verdict.expert.hex()[:16]} gives a value here that its release does not allow")
+            raise InferenceError(
+                f"expert {verdict.expert.hex()[:16]} gives a value here that its release does not allow"
+            )
         return Own(seal_header(self._signer, header), opening_of(salt, tensors), candidate)
 
     async def _contradicted(

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.cosign import may_write
 from bmoe.ledger.refute import Reexecutor
 from bmoe.ledger.rules.entries import Verdict
 from bmoe.ledger.rules.state import State
@@ -155,7 +156,7 @@ class SpotChecks:
         log.info("re-executed task=%s cause=%s contradicted=%s", job.task.hex(), job.cause, names or "none")
         if not finding.targets:
             self.clean += 1
-        if claim is None:
+        if claim is None or not may_write(self._state, self._author.name):
             return
         kind, fields, attachments = claim
         try:

@@ -70,6 +70,8 @@ class Store:
         """Open or make the replica; raises ConfigError for another ledger's or version's, LedgerError when damaged."""
         self.path = path
         self._limits = (openings_count, openings_bytes)
+        self.size, self.position, self.next_position = 0, 0, 1
+        self._frontier, self._kept = Frontier(), (0, 0)
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
             self._db = sqlite3.connect(path, isolation_level=None, timeout=0.5)
@@ -233,12 +235,12 @@ class Store:
 
     def _load(self) -> None:
         db = self._db
-        self.size: int = db.execute("SELECT COALESCE(MAX(idx) + 1, 0) FROM leaves").fetchone()[0]
-        self.position: int = db.execute("SELECT COALESCE(MAX(position), 0) FROM frames").fetchone()[0]
+        self.size = db.execute("SELECT COALESCE(MAX(idx) + 1, 0) FROM leaves").fetchone()[0]
+        self.position = db.execute("SELECT COALESCE(MAX(position), 0) FROM frames").fetchone()[0]
         self.next_position = self.position + 1
         self._frontier = Frontier.load(self.size, self._node)
         count = "SELECT COUNT(*), COALESCE(SUM(LENGTH(data)), 0) FROM openings"
-        self._kept: tuple[int, int] = db.execute(count).fetchone()
+        self._kept = db.execute(count).fetchone()
         self._clear()
 
     def _clear(self) -> None:

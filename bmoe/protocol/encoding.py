@@ -99,7 +99,7 @@ def read_bstr(data: bytes, offset: int) -> tuple[bytes, int]:
 
 def read_bstrs(data: bytes, offset: int, count_max: int) -> tuple[bytes, ...]:
     """All byte string items from `offset` to the end; raises EncodingError beyond `count_max` of them."""
-    items = []
+    items: list[bytes] = []
     while offset < len(data):
         if len(items) == count_max:
             raise EncodingError(f"more than {count_max} byte strings")

@@ -66,7 +66,9 @@ class GatewayClient:
                 raise _refusal(response.status, response.read(ERROR_BYTES), path)
             body = response.read(size_max + 1)
         except (OSError, http.client.HTTPException) as error:
-            raise UnavailableError(f"gateway {self._host}:{self._port}{path}: {error or type(error).__name__}") from error
+            raise UnavailableError(
+                f"gateway {self._host}:{self._port}{path}: {error or type(error).__name__}"
+            ) from error
         finally:
             connection.close()
         if len(body) > size_max:

@@ -21,7 +21,7 @@ class Admin:
 
     def __init__(self, state: Path) -> None:
         layout = StateLayout(state)
-        self._port = read_ports(state).get("fleet.https")
+        self._port = read_ports(state).get("fleet")
         if self._port is None:
             raise ConfigError(f"{state} knows of no fleet port: bring the gateway up first (bmoe up)")
         try:

@@ -64,7 +64,6 @@ def combine(rule: str, choices: Choices, outputs: Sequence[Sequence[Tensor]], ba
     """The answer's tensors from the accepted outputs of its tasks (outputs[task][tensor])."""
     if rule != "weighted_sum":
         raise MessageError(f"combine rule {rule!r} is not known here")
-    rows, top_k = choices.experts.shape
     if not batch:
         return tuple(outputs[0])
     return tuple(_weighted(choices, [o[i] for o in outputs]) for i in range(len(outputs[0])))

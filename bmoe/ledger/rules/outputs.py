@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
 from bmoe.ledger.rules.voting import Candidate, Tolerance, is_finite
@@ -66,12 +67,12 @@ def candidate_of(header: Output, tensors: Sequence[Tensor], release: Release) ->
     return candidate if is_finite(candidate, tolerances_of(release)) else None
 
 
-def check_specs(tensors: Sequence[Tensor], specs: Sequence[Sequence[object]], rows: int | None) -> None:
+def check_specs(tensors: Sequence[Tensor], specs: Sequence[Sequence[Any]], rows: int | None) -> None:
     """Raise MessageError unless the tensors are those declared; a dim of 0 in a spec is free, axis 0 is `rows`."""
     if len(tensors) != len(specs):
         raise MessageError(f"expected {len(specs)} tensors, found {len(tensors)}")
     for tensor, spec in zip(tensors, specs, strict=True):
-        name, dtype, dims = spec[0], spec[1], tuple(spec[2])  # type: ignore[arg-type]
+        name, dtype, dims = spec[0], spec[1], tuple(spec[2])
         if rows is not None:
             dims = (rows, *dims[1:])
         fits = len(dims) == len(tensor.dims) and all(d in (0, t) for d, t in zip(dims, tensor.dims, strict=False))

@@ -14,42 +14,30 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from bmoe.ledger.rules.answers import accepted_tensors, check_experts, check_result
 from bmoe.ledger.rules.checkpoint import verify_cosignature
-from bmoe.ledger.rules.combine import combine, unpack_choices
 from bmoe.ledger.rules.commitments import commit_rows
-from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Answer, Rejected, Verdict, parse_entry
+from bmoe.ledger.rules.entries import Answer, Rejected, Verdict, parse_entry
 from bmoe.ledger.rules.merkle import leaf_hash, verify_inclusion
-from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
-from bmoe.ledger.rules.policies import policy_named
-from bmoe.ledger.rules.policies.ballot import LETTERS, UNUSABLE
 from bmoe.ledger.rules.receipt_format import Evidence, Receipt, format_receipt, merge_receipts, parse_receipt
+from bmoe.ledger.rules.receipt_votes import (
+    AuditedVerdict,
+    Statements,
+    all_outputs,
+    check_answer,
+    check_signatures,
+    check_vote,
+)
 from bmoe.ledger.rules.trust import Trust
-from bmoe.ledger.rules.voting import Candidate, Tolerance, distance, stance
 from bmoe.protocol.encoding import read_bstrs
 from bmoe.protocol.errors import BmoeError, ConfigError, ProofError
-from bmoe.protocol.messages import MAX_TENSORS, Member, ModelRelease, Output, Release, Sealed, open_message
+from bmoe.protocol.messages import MAX_TENSORS, H, Member, ModelRelease, Release, Sealed, open_message
 from bmoe.protocol.tensors import Tensor
 
 __all__ = ["Audited", "AuditedVerdict", "check_request", "format_receipt", "merge_receipts", "verify_receipt"]
 
 MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class AuditedVerdict:
-    """One verdict as verified: (agent, owner, stance letter) for each output, and the value that it accepts.
-
-    `referee` and `accepted_from` are member names or empty; `value` is None where openings are absent.
-    """
-
-    entry: Verdict
-    index: int
-    agents: tuple[tuple[str, str, str], ...]
-    referee: str
-    accepted_from: str
-    value: tuple[Tensor, ...] | None
 
 
 @dataclass(frozen=True)
@@ -71,23 +59,6 @@ class Audited:
     relied_on: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Statements:
-    members: dict[str, Member]
-    releases: dict[bytes, Release]
-    models: tuple[ModelRelease, ...]
-
-
-@dataclass(frozen=True)
-class _Signed:
-    """A verdict whose signatures are verified: its outputs in order, and the referee's or None."""
-
-    entry: Verdict
-    index: int
-    outputs: tuple[Sealed[Output], ...]
-    referee: Sealed[Output] | None
-
-
 def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
     """Verify a receipt against a trust policy; raises ProofError naming the step that fails and why."""
     with _step(1, "parse"):
@@ -103,13 +74,15 @@ def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
     with _step(5, "statements"):
         statements = _statements(evidence, trust, verdicts)
     with _step(6, "signatures"):
-        signed = [_signed(index, verdict, statements) for index, verdict in verdicts]
-        _exactly({s.header.author for v in signed for s in _all(v)}, set(statements.members), "members' statements")
+        signed = [check_signatures(index, verdict, statements) for index, verdict in verdicts]
+        _exactly(
+            {s.header.author for v in signed for s in all_outputs(v)}, set(statements.members), "members' statements"
+        )
     with _step(7, "vote"):
         openings = _openings(evidence, entry, [v for _, v in verdicts])
-        audited = tuple(_vote(v, statements, openings) for v in signed)
+        audited = tuple(check_vote(v, statements, openings) for v in signed)
     with _step(8, "answer"):
-        result = _answer(entry, audited, statements, openings)
+        result = check_answer(entry, audited, statements, openings)
     kind = "answer" if isinstance(entry, Answer) else "verdict"
     facts = (kind, entry, receipt.index, checkpoint.size, checkpoint.root, cosigned, audited, result)
     return Audited(*facts, *_scope(entry, audited, result))
@@ -188,57 +161,30 @@ def _supports(receipt: Receipt, entry: Verdict | Answer, trust: Trust) -> list[t
     return found
 
 
-def _statements(evidence: Evidence, trust: Trust, verdicts: Sequence[tuple[int, Verdict]]) -> _Statements:
-    def read(cls: type, data: bytes) -> Member | Release | ModelRelease:
-        sealed = open_message(cls, data)
-        sealed.verify(trust.registrar)
-        if sealed.header.ledger != trust.ledger:
-            raise ProofError(f"a statement is of ledger {sealed.header.ledger.hex()}, not {trust.ledger.hex()}")
-        return sealed.header
-
-    members = [read(Member, data) for data in evidence.members]
-    releases = [read(Release, data) for data in evidence.releases]
-    models = tuple(read(ModelRelease, data) for data in evidence.models)
+def _statements(evidence: Evidence, trust: Trust, verdicts: Sequence[tuple[int, Verdict]]) -> Statements:
+    members = [_stated(Member, data, trust) for data in evidence.members]
+    releases = [_stated(Release, data, trust) for data in evidence.releases]
+    models = tuple(_stated(ModelRelease, data, trust) for data in evidence.models)
     by_name = {m.member: m for m in members}
     by_digest = {r.digest: r for r in releases}
     if len(by_name) != len(members) or len(by_digest) != len(releases):
         raise ProofError("a member or a release is stated twice")
     _exactly({v.expert for _, v in verdicts}, set(by_digest), "release statements")
-    return _Statements(by_name, by_digest, models)
+    return Statements(by_name, by_digest, models)
 
 
-def _exactly(needed: set, given: set, what: str) -> None:
+def _stated(cls: type[H], data: bytes, trust: Trust) -> H:
+    sealed: Sealed[H] = open_message(cls, data)
+    sealed.verify(trust.registrar)
+    if sealed.header.ledger != trust.ledger:
+        raise ProofError(f"a statement is of ledger {sealed.header.ledger.hex()}, not {trust.ledger.hex()}")
+    return sealed.header
+
+
+def _exactly(needed: set[Any], given: set[Any], what: str) -> None:
     if needed != given:
         raise ProofError(f"the {what} are not exactly those needed: {len(needed - given)} missing, "
                          f"{len(given - needed)} not asked for")  # fmt: skip
-
-
-def _signed(index: int, verdict: Verdict, statements: _Statements) -> _Signed:
-    binding = Binding(verdict.task, verdict.expert, verdict.input_root, verdict.rows)
-    outputs = tuple(_verified(o, binding, statements, ("agent",)) for o in verdict.outputs)
-    authors = [o.header.author for o in outputs]
-    strangers = [a for a in authors if a not in verdict.assigned]
-    if strangers or len(set(authors)) != len(authors):
-        raise ProofError(f"task {verdict.task.hex()}: {', '.join(strangers) or 'an agent'} was not assigned, or twice")
-    referee = None
-    if verdict.referee:
-        referee = _verified(verdict.referee, binding, statements, ("coordinator", "validator"))
-    return _Signed(verdict, index, outputs, referee)
-
-
-def _verified(envelope: bytes, binding: Binding, statements: _Statements, roles: tuple[str, ...]) -> Sealed[Output]:
-    sealed = parse_output(envelope, binding)
-    member = statements.members.get(sealed.header.author)
-    if member is None:
-        raise ProofError(f"the receipt has no registrar's statement about {sealed.header.author}")
-    if member.role not in roles:
-        raise ProofError(f"{member.member} is a {member.role}, not a {' or '.join(roles)}")
-    sealed.verify(member.public_key)
-    return sealed
-
-
-def _all(signed: _Signed) -> tuple[Sealed[Output], ...]:
-    return signed.outputs + ((signed.referee,) if signed.referee else ())
 
 
 def _openings(evidence: Evidence, entry: Verdict | Answer, verdicts: Sequence[Verdict]) -> dict[bytes, bytes]:
@@ -252,92 +198,6 @@ def _openings(evidence: Evidence, entry: Verdict | Answer, verdicts: Sequence[Ve
     if digests != sorted(named):
         raise ProofError(f"{len(named)} openings are named, the {len(digests)} given are not exactly they, in order")
     return dict(zip(digests, evidence.openings, strict=True))
-
-
-def _vote(signed: _Signed, statements: _Statements, openings: dict[bytes, bytes]) -> AuditedVerdict:
-    """Open every output of one verdict and judge it again by the accepted value."""
-    entry = signed.entry
-    sealed, accepted = _all(signed), _accepted_index(signed)
-    if len(entry.stances) != len(entry.outputs) or len(entry.openings) != len(sealed):
-        raise ProofError("a verdict has one stance and one opening for each output")
-    value = None
-    if openings:
-        release = statements.releases[entry.expert]
-        opened = [open_output(s.header, openings[d]) for s, d in zip(sealed, entry.openings, strict=True)]
-        if accepted is not None:
-            candidates = [candidate_of(s.header, t, release) for s, t in zip(sealed, opened, strict=True)]
-            _check_stances(entry, candidates, accepted, tolerances_of(release))
-            value = opened[accepted]
-    owners = [statements.members[s.header.author].owner for s in signed.outputs]
-    agents = tuple((s.header.author, o, c) for s, o, c in zip(signed.outputs, owners, entry.stances, strict=True))
-    referee = signed.referee.header.author if signed.referee else ""
-    chosen = sealed[accepted].header.author if accepted is not None else ""
-    return AuditedVerdict(entry, signed.index, agents, referee, chosen, value)
-
-
-def _accepted_index(signed: _Signed) -> int | None:
-    """Where the accepted value stands among outputs and then the referee's; None where nothing is accepted."""
-    entry = signed.entry
-    policy_named(entry.policy, entry.policy_version)
-    if entry.outcome != "accepted":
-        if entry.accepted != NOBODY:
-            raise ProofError(f"the verdict is {entry.outcome} and yet accepts a value")
-        return None
-    if entry.accepted == BY_REFEREE and signed.referee:
-        return len(signed.outputs)
-    if signed.referee and entry.policy in ("referee", "diagnosis"):
-        raise ProofError(f"policy {entry.policy} accepts its referee's value, the verdict accepts another")
-    if entry.accepted >= len(signed.outputs):
-        raise ProofError(f"the verdict accepts output {entry.accepted} of {len(signed.outputs)}")
-    return entry.accepted
-
-
-def _check_stances(
-    entry: Verdict, candidates: Sequence[Candidate | None], accepted: int, tolerances: tuple[Tolerance, ...]
-) -> None:
-    value = candidates[accepted]
-    if value is None:
-        raise ProofError("the accepted value is not one that the release allows")
-    outputs = candidates[: len(entry.outputs)]
-    stances = "".join(UNUSABLE if c is None else LETTERS[stance(distance(value, c, tolerances))] for c in outputs)
-    if stances != entry.stances:
-        raise ProofError(f"task {entry.task.hex()}: stances are {stances!r}, the verdict states {entry.stances!r}")
-
-
-def _answer(
-    entry: Verdict | Answer, verdicts: Sequence[AuditedVerdict], statements: _Statements, openings: dict[bytes, bytes]
-) -> tuple[Tensor, ...] | None:
-    if isinstance(entry, Verdict):
-        if statements.models:
-            raise ProofError("a verdict needs no statement about a model")
-        return None
-    if len(statements.models) != 1:
-        raise ProofError(f"an answer needs one statement about its model, {len(statements.models)} came")
-    model = statements.models[0]
-    if (model.model, model.version, model.gate) != (entry.model, entry.version, entry.gate):
-        raise ProofError(f"the statement is about {model.model} {model.version}, not {entry.model} {entry.version}")
-    choices = unpack_choices(entry.rows, entry.top_k, entry.experts, entry.weights, entry.task_index, entry.task_rows)
-    releases = [statements.releases[v.entry.expert] for v in verdicts]
-    check_experts(model, entry, choices.experts.tolist(), choices.task_index.tolist(), releases)
-    accepted = tuple(_accepted_opening(v) for v in verdicts)
-    if accepted != entry.openings:
-        raise ProofError("the answer rests on values that its verdicts did not accept")
-    if not openings:
-        return None
-    values = [
-        accepted_tensors(openings, digest, release, v.entry.rows)
-        for digest, release, v in zip(accepted, releases, verdicts, strict=True)
-    ]
-    result = combine(model.combine, choices, values, releases[0].batch)
-    check_result(openings, entry, result)
-    return result
-
-
-def _accepted_opening(verdict: AuditedVerdict) -> bytes:
-    entry = verdict.entry
-    if not verdict.accepted_from:
-        raise ProofError(f"task {entry.task.hex()} has no accepting verdict")
-    return entry.openings[-1 if entry.accepted == BY_REFEREE else entry.accepted]
 
 
 def _scope(
