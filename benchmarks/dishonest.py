@@ -107,7 +107,8 @@ def replay() -> Steps:
     first: list[bytes] = []
 
     async def old(reporter: Reporter, task: bytes, message: bytes) -> bool:
-        first.append(message) if not first else None
+        if not first:
+            first.append(message)
         return await reporter.report(task, first[0])
 
     return Steps(report=old)

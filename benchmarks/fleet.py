@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 
 from benchmarks.processes import Running, Usage, command, descendants, finish, program, spawn, tail, usage
 from bmoe.client import Client
-from bmoe.protocol.errors import BmoeError, ConfigError, UnavailableError
+from bmoe.protocol.errors import ConfigError, UnavailableError
 from coordinator.cli.admin import Admin
 from coordinator.embedded.ports import read_ports
 
@@ -220,15 +221,10 @@ class LocalFleet:
     async def _ready(self) -> bool:
         def ask() -> bool:
             try:
-                client = Client(self.url, timeout_s=5)
-            except ConfigError:  # no ports.json yet
+                with urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=5) as reply:
+                    return reply.status == 200
+            except (ConfigError, KeyError, OSError):  # no ports.json yet, nobody listens yet, or 503
                 return False
-            try:
-                return bool(client.ready())
-            except BmoeError:
-                return False
-            finally:
-                client.close()
 
         return await asyncio.to_thread(ask)
 

@@ -73,7 +73,7 @@ async def spawn(name: str, argv: Sequence[str], log: Path, stdout: int | None = 
     Its output is appended to `log`; `stdout` may be asyncio.subprocess.PIPE instead. Call it in the main thread:
     the kernel ties the child's life to the thread that forked it.
     """
-    with open(log, "ab") as file:
+    with open(log, "ab") as file:  # noqa: ASYNC230 (a local file, before anything waits)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), *argv,
             stdin=asyncio.subprocess.DEVNULL,

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import MessageError
-from bmoe.protocol.messages import ModelRelease
 from coordinator.intake import DATATYPE_OF
 from coordinator.jobs import ServedModel
 
 
 class Catalogue:
-    """Looks models up in the ledger's state; keeps what it made for as long as the statement stays the same."""
+    """Looks models up in the ledger's state, anew each time: releases may change while a model's statement stays."""
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._made: dict[str, tuple[ModelRelease, ServedModel]] = {}
 
     def names(self) -> list[str]:
         """Models that can be asked for."""
@@ -27,13 +25,9 @@ class Catalogue:
             raise MessageError(
                 f"model {name[:64]!r} is not served here; there are: {', '.join(self.names()) or 'none'}"
             )
-        made = self._made.get(name)
-        if made is None or made[0] is not statement:
-            releases = self._state.releases
-            gate = releases[statement.gate] if statement.gate else None
-            made = (statement, ServedModel(statement, gate, tuple(releases[d] for d in statement.experts)))
-            self._made[name] = made
-        return made[1]
+        releases = self._state.releases
+        gate = releases[statement.gate] if statement.gate else None
+        return ServedModel(statement, gate, tuple(releases[d] for d in statement.experts))
 
     def metadata(self, name: str) -> dict[str, object]:
         """A model's metadata, as the Open Inference Protocol has it."""

@@ -19,6 +19,8 @@ from bmoe.ledger.rules.voting import Candidate, Tolerance
 from bmoe.protocol.tensors import Tensor
 
 HEDGES_MAX = 4
+# No policy with two replicas or more decides on one output; refusals that leave fewer are made up for.
+LIVE_MIN = 2
 ASSIGNED_MAX = 16
 
 
@@ -94,8 +96,11 @@ class Collection:
         decision = self.policy.decide(ballot)
         if decision.accepted != NOBODY:
             return Step(Do.CLOSE, decision=decision)
+        if self._refused_short(now):
+            return Step(Do.ASK, count=1)
         if decision.need is Need.REFEREE:
-            return Step(Do.REFEREE) if not self.referee_failed else self._undecided()
+            done = self.referee is not None or self.referee_failed
+            return self._undecided() if done else Step(Do.REFEREE)
         if now >= self.deadline or decision.need is Need.NOTHING:
             return self._undecided()
         if decision.need is Need.REPLICAS or (not self.pending() and decision.need is Need.OUTPUTS):
@@ -110,6 +115,12 @@ class Collection:
         self.hedge_at = now + self.hedge_s * 2**self.hedges
         # The baseline asks everybody once, so there is nobody to hedge to; and a lost message is sent again.
         return Step(Do.RESEND) if self.exhausted or self.policy.name == "full" else Step(Do.ASK, count=1)
+
+    def _refused_short(self, now: float) -> bool:
+        """Whether refusals leave too few to decide, and others can be asked: the fleet before the referee."""
+        live = len(self.received) + len(self.pending())
+        short = live < min(LIVE_MIN, self.policy.replicas(ASSIGNED_MAX))
+        return bool(self.refused) and short and not self.exhausted and now < self.deadline
 
     def _undecided(self) -> Step:
         return Step(Do.CLOSE, decision=Decision(NOBODY, IGNORED * len(self.received)))

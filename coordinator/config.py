@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
@@ -29,7 +29,9 @@ class GatewaySettings(BaseSettings):
     api_host: str = Field("127.0.0.1", description="Address that the inference API listens on (plain HTTP).")
     api_port: int = Field(0, ge=0, le=65535, description="Port of the inference API; 0 takes a free one.")
     models: tuple[str, ...] = Field(("wearable",), description="Built-in models, or folders with a model.json.")
-    policy: str = Field("referee", description="Policy for requests that name none: referee, quorum, full, single.")
+    policy: Literal["referee", "quorum", "full", "single"] = Field(
+        "referee", description="Policy for requests that name none: referee, quorum, full or single."
+    )
     window_ms: float = Field(2.0, ge=0, le=1000, description="How long calls of one tenant wait to share a task.")
     batch_rows: int = Field(64, ge=1, le=1024, description="Most rows in one task.")
     request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")

@@ -18,6 +18,7 @@ from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
+from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.messages import Output, Sealed
 from coordinator.collect import Collection, Do, Received
@@ -31,6 +32,7 @@ from coordinator.route import choose_agents
 
 log = structlog.get_logger("decide")
 CLOSED_KEPT = 4096
+FIRST_HEDGE_S = 1.0  # while nobody knows yet how long an expert takes; boards may still have to fetch it
 STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
 
 
@@ -71,7 +73,8 @@ class _Done:
     job: Job
     assigned: frozenset[str]
     received: dict[str, bytes]
-    accepted: Accepted | None
+    value: Candidate | None
+    by_referee: bool
 
 
 class Decider:
@@ -141,7 +144,7 @@ class Decider:
     async def _run(self, job: Job, only: str | None) -> None:
         policy = policy_named(job.policy)
         p95 = self._fleet.p95(job.expert.digest)
-        hedge_s = max(self._timing.hedge_min_s, 2 * p95) if p95 is not None else max(1.0, self._timing.hedge_min_s)
+        hedge_s = max(self._timing.hedge_min_s, p95 if p95 is not None else FIRST_HEDGE_S)
         deadline = time.monotonic() + self._timing.task_s
         running = _Running(job, Collection(policy, tolerances_of(job.expert), deadline, hedge_s))
         self._running[job.task] = running
@@ -228,7 +231,9 @@ class Decider:
         job, collection = running.job, running.collection
         accepted = _accepted(job, collection, decision)
         received = {a: r.envelope for a, r in collection.received.items()}
-        self._done[job.task] = _Done(job, frozenset(collection.assigned), received, accepted)
+        by_referee = decision.accepted == BY_REFEREE
+        value = Candidate("accepted", tuple(t.data for t in accepted.tensors)) if accepted else None
+        self._done[job.task] = _Done(job, frozenset(collection.assigned), received, value, by_referee)
         while len(self._done) > CLOSED_KEPT:
             self._done.popitem(last=False)
         self._release(running)
@@ -274,13 +279,24 @@ class Decider:
         if agent not in done.assigned:
             self._refuse(sealed, "it was not given this task")
         elif first is None:
-            self.tally.late += 1
             done.received[agent] = sealed.raw
-            log.info("output_late", agent=agent, task=task.hex())
+            self._compare_late(sealed, done)
         elif first != sealed.raw:
             self._equivocated(agent, task, first, sealed.raw)
         else:
             self._refuse(sealed, "it is a replay of an output already counted")
+
+    def _compare_late(self, sealed: Sealed[Output], done: _Done) -> None:
+        """A late output that a re-execution contradicts makes its author suspect, as one in time would have."""
+        agent, job = sealed.header.author, done.job
+        candidate = receive_output(sealed, job.binding, job.expert).candidate
+        self.tally.late += 1
+        dissent = candidate is None
+        if candidate is not None and done.value is not None:
+            dissent = distance(done.value, candidate, tolerances_of(job.expert)) > NEUTRAL
+        log.info("output_late", agent=agent, task=job.task.hex(), dissent=dissent)
+        if dissent and done.by_referee:
+            self._fleet.suspect(agent)
 
     def _equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
         log.warning("equivocation", agent=agent, task=task.hex())
@@ -289,16 +305,19 @@ class Decider:
             self._spawn(_entered(self._committer.equivocation(first, second)))
 
     def _refuse(self, sealed: Sealed[Output], reason: str) -> None:
-        """Not counted, named in the log, and kept as signed evidence: at most a few a minute for each agent."""
+        """Not counted, named in the log, and kept as signed evidence."""
         agent = sealed.header.author
         self.tally.refused_outputs += 1
-        presence, message = self._fleet.of(agent), sealed.message()
-        digest = hashlib.sha256(message).digest()
-        kept = presence.may_keep(time.monotonic())
-        if kept:
-            self._spawn(self._committer.keep_evidence(digest, message))
-        evidence = digest.hex() if kept else ""
+        evidence = self.keep_evidence(agent, sealed.message())
         log.warning("output_refused", agent=agent, task=sealed.header.task.hex(), reason=reason, evidence=evidence)
+
+    def keep_evidence(self, agent: str, message: bytes) -> str:
+        """Keep a message that an agent signed, at most a few a minute for each; its SHA-256 in hex, or empty."""
+        if not self._fleet.of(agent).may_keep(time.monotonic()):
+            return ""
+        digest = hashlib.sha256(message).digest()
+        self._spawn(self._committer.keep_evidence(digest, message))
+        return digest.hex()
 
 
 def _accepted(job: Job, collection: Collection, decision: Decision) -> Accepted | None:

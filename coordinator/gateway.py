@@ -35,7 +35,7 @@ from coordinator.fleet import Fleet
 from coordinator.gate import Gate
 from coordinator.intake import take_in
 from coordinator.jobs import Job
-from coordinator.receive import open_from
+from coordinator.receive import open_from, signed_by
 from coordinator.referee import Referee
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
@@ -221,12 +221,18 @@ class Gateway:
     def _on_message(self, topic: str, payload: bytes) -> None:
         try:
             device, channel = parse_topic(topic)
-            if not payload:
-                return
-            sealed = open_from(self.state, topic, payload, UP_CHANNELS[channel][0])
-            self._on_sealed(device, sealed)
         except BmoeError as error:
             log.warning("message_refused", topic=topic, error=str(error))
+            return
+        if not payload:
+            return
+        kind = UP_CHANNELS[channel][0]
+        try:
+            self._on_sealed(device, open_from(self.state, topic, payload, kind))
+        except BmoeError as error:
+            signed = signed_by(self.state, device, payload, kind)
+            evidence = self.decider.keep_evidence(device, payload) if signed else ""
+            log.warning("message_refused", agent=device, topic=topic, error=str(error), evidence=evidence)
 
     def _on_sealed(self, device: str, sealed: Any) -> None:
         header, presence = sealed.header, self.fleet.of(device)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from itertools import chain
+from math import prod
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,20 @@ DATATYPES = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64",
     "INT8": "int8", "INT16": "int16", "INT32": "int32", "INT64": "int64", "FP32": "float32", "FP64": "float64",
 }  # fmt: skip
-DATATYPE_OF = {v: k for k, v in DATATYPES.items()}
+# FP16 has a name, for metadata, but no spelling in JSON.
+DATATYPE_OF = {**{v: k for k, v in DATATYPES.items()}, "float16": "FP16"}
 MAX_ID = 128
+# By numpy kind: the JSON values that a datatype takes, and how an error calls them.
+_TAKES: dict[str, tuple[set[type], str]] = {
+    "b": ({bool}, "true or false"),
+    "i": ({int}, "integers"),
+    "u": ({int}, "integers"),
+    "f": ({int, float}, "numbers"),
+}
+_JSON_WORDS = {
+    str: "text", type(None): "null", dict: "an object", list: "a list", float: "a fraction", int: "an integer",
+    bool: "true or false",
+}  # fmt: skip
 
 
 def take_in(
@@ -43,7 +58,7 @@ def take_in(
     if not isinstance(values, dict):
         raise MessageError("the body must be a JSON object")
     tensors = _tensors(values.get("inputs"), model)
-    rows = tensors[0].dims[0] if model.batch else 1
+    rows = tensors[0].dims[0] if model.batch and tensors and tensors[0].dims else 1
     if not 1 <= rows <= rows_max:
         raise MessageError(f"a request has 1..{rows_max} rows, this one {rows}: split it")
     check_specs(tensors, model.experts[0].inputs, rows if model.batch else None)
@@ -60,49 +75,65 @@ def _tensors(inputs: Any, model: ServedModel) -> tuple[Tensor, ...]:
     specs = model.experts[0].inputs
     if not isinstance(inputs, list) or not all(isinstance(i, dict) for i in inputs):
         raise MessageError("inputs must be a list of objects with name, shape, datatype and data")
-    by_name = {i.get("name"): i for i in inputs}
-    wanted = [s[0] for s in specs]
-    if len(by_name) != len(inputs) or set(by_name) != set(wanted):
-        raise MessageError(f"model {model.name} takes the inputs {wanted}, got {[i.get('name') for i in inputs]}")
+    names, wanted = [i.get("name") for i in inputs], [spec[0] for spec in specs]
+    if not all(isinstance(n, str) for n in names) or sorted(names) != sorted(wanted):
+        raise MessageError(f"model {model.name} takes the inputs {wanted}, got {short(names)}")
+    by_name = dict(zip(names, inputs, strict=True))
     return tuple(_tensor(by_name[name], name) for name in wanted)
 
 
 def _tensor(given: dict[str, Any], name: str) -> Tensor:
-    dtype = DATATYPES.get(given.get("datatype"))  # type: ignore[arg-type]
+    datatype, shape = given.get("datatype"), given.get("shape")
+    dtype = DATATYPES.get(datatype) if isinstance(datatype, str) else None
     if dtype is None:
-        raise MessageError(
-            f"input {name!r}: datatype must be one of {', '.join(DATATYPES)}, got {given.get('datatype')!r}"
-        )
-    shape = given.get("shape")
-    if not isinstance(shape, list):
-        raise MessageError(f"input {name!r}: shape must be a list of integers")
-    expected = tensor_bytes(dtype, shape)
-    try:
-        array = np.asarray(given.get("data"))
-        flat = _converted(array, dtype, name).reshape(-1)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise MessageError(f"input {name!r}: data is not a regular array of {given['datatype']}: {error}") from error
-    data = flat.tobytes()
-    if len(data) != expected:
-        raise MessageError(
-            f"input {name!r}: shape {shape} needs {expected} bytes of {given['datatype']}, data has {len(data)}"
-        )
-    return Tensor(name, dtype, tuple(shape), data)
+        raise MessageError(f"input {name!r}: datatype must be one of {', '.join(DATATYPES)}, got {short(datatype)}")
+    if not isinstance(shape, list) or not all(type(d) is int for d in shape):
+        raise MessageError(f"input {name!r}: shape must be a list of integers, got {short(shape)}")
+    tensor_bytes(dtype, shape)
+    items = _flat(given.get("data"), shape, name)
+    if len(items) != prod(shape):
+        raise MessageError(f"input {name!r}: shape {shape} needs {prod(shape)} items of data, got {len(items)}")
+    return Tensor(name, dtype, tuple(shape), _packed(items, dtype, name))
 
 
-def _converted(array: np.ndarray, dtype: str, name: str) -> np.ndarray:
-    """The array in the declared type, never changing a value that a client sent: no truncation, no wrap-around."""
+def _flat(data: Any, shape: list[int], name: str) -> list[Any]:
+    """The items in row-major order, from data that is flat or nested as `shape` says.
+
+    Done without numpy, which would make a text of every number once one text is among them: 4 bytes a letter for each.
+    """
+    if not isinstance(data, list):
+        raise MessageError(f"input {name!r}: data must be a list, got {_JSON_WORDS[type(data)]}")
+    dims, items = [len(data)], data
+    while items and type(items[0]) is list:
+        widths = set(map(len, items)) if set(map(type, items)) == {list} else set()
+        if len(widths) != 1:
+            raise MessageError(f"input {name!r}: nested data must be regular, every list of one level equally long")
+        dims.append(widths.pop())
+        items = list(chain.from_iterable(items))
+    if len(dims) > 1 and dims != shape:
+        raise MessageError(f"input {name!r}: data is nested as {short(dims)}, shape says {shape}")
+    return items
+
+
+def _packed(items: list[Any], dtype: str, name: str) -> bytes:
+    """The items as bytes, never changing a value that a client sent: no truncation, no wrap-around, no infinity."""
     target = np.dtype(dtype).newbyteorder("<")
-    if array.dtype.kind not in "biuf":
-        raise MessageError(f"input {name!r}: data must hold numbers only")
-    if target.kind == "f":
-        return array.astype(target)
-    if target.kind == "b" and array.dtype.kind != "b":
-        raise MessageError(f"input {name!r}: BOOL data must be true or false")
-    converted = array.astype(target)
-    if array.dtype.kind == "f" or (converted != array).any():
-        raise MessageError(f"input {name!r}: data does not fit {DATATYPE_OF[dtype]}")
-    return converted
+    takes, words = _TAKES[target.kind]
+    wrong = set(map(type, items)) - takes
+    if wrong:
+        found = ", ".join(sorted(_JSON_WORDS[kind] for kind in wrong))
+        raise MessageError(f"input {name!r}: {DATATYPE_OF[dtype]} takes {words}, found {found}")
+    if items and target.kind in "iu":
+        limits = np.iinfo(target)
+        if min(items) < limits.min or max(items) > limits.max:
+            raise MessageError(
+                f"input {name!r}: {DATATYPE_OF[dtype]} takes {limits.min}..{limits.max}, found {min(items)}..{max(items)}"
+            )
+    with np.errstate(over="ignore"):
+        array = np.array(items, np.float64).astype(target) if target.kind == "f" else np.array(items, target)
+    if target.kind == "f" and not np.isfinite(array).all():
+        raise MessageError(f"input {name!r}: a number does not fit {DATATYPE_OF[dtype]}")
+    return array.tobytes()
 
 
 def _parameters(given: Any, default_policy: str) -> tuple[str, str]:
@@ -110,9 +141,9 @@ def _parameters(given: Any, default_policy: str) -> tuple[str, str]:
         raise MessageError("parameters must be an object")
     policy, wait = given.get("policy", default_policy), given.get("wait", "decided")
     if policy not in FOR_CLIENTS:
-        raise MessageError(f"parameters.policy must be one of {', '.join(FOR_CLIENTS)}, got {policy!r}")
+        raise MessageError(f"parameters.policy must be one of {', '.join(FOR_CLIENTS)}, got {short(policy)}")
     if wait not in WAITS:
-        raise MessageError(f"parameters.wait must be one of {', '.join(WAITS)}, got {wait!r}")
+        raise MessageError(f"parameters.wait must be one of {', '.join(WAITS)}, got {short(wait)}")
     return policy, wait
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.encoding import bstr
-from bmoe.protocol.errors import MessageError, RefusedError
+from bmoe.protocol.errors import BmoeError, MessageError, RefusedError
 from bmoe.protocol.messages import MAX_TENSORS, Header, Output, Release, Sealed, open_message
 from bmoe.protocol.topics import parse_topic
 from coordinator.collect import Received
@@ -28,6 +28,15 @@ def open_from(state: State, topic: str, payload: bytes, cls: type[Header]) -> Se
         raise RefusedError(f"{device} sent a {cls.CONTEXT} for another ledger")
     sealed.verify(state.key_of(device))
     return sealed
+
+
+def signed_by(state: State, device: str, payload: bytes, cls: type[Header]) -> bool:
+    """Whether the device's own key signed a message of this kind, whatever it says: a refused one is evidence then."""
+    try:
+        open_message(cls, payload, parts_max=MAX_TENSORS + 1).verify(state.key_of(device))
+    except BmoeError:
+        return False
+    return True
 
 
 def receive_output(sealed: Sealed[Output], binding: Binding, release: Release) -> Received:

@@ -29,7 +29,7 @@ def choose_agents(
 ) -> list[str]:
     """Up to `count` agents, drawn without replacement with weight 1 / (1 + tasks in hand).
 
-    With `distinct_owners` no two of them, nor one already asked, have one owner while others are to be had.
+    With `distinct_owners` no two of them, nor one already asked, have one owner: rather fewer than that.
     """
     chosen: list[str] = []
     owners = set(taken_owners)

@@ -13,7 +13,8 @@ from bmoe.ledger.rules.outputs import Binding
 from bmoe.protocol.tensors import Tensor, join_rows
 from coordinator.jobs import Call, Job, new_task_id
 
-Key = tuple[str, bytes, str]
+# Tenant, expert, policy, and the dims behind axis 0: only rows of one shape can lie in one batch.
+Key = tuple[str, bytes, str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Sharer:
         if not call.expert.batch:
             self._start(make_job((call,)))
             return
-        key = (call.tenant, call.expert.digest, call.policy)
+        key = (call.tenant, call.expert.digest, call.policy, tuple(t.dims[1:] for t in call.tensors))
         window = self._windows.get(key)
         if window is not None and window.rows + call.rows > self._rows_max:
             self._close(key)

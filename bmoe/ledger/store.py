@@ -75,8 +75,12 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._errors():
             self._db = sqlite3.connect(path, isolation_level=None, timeout=0.5)
-            self._prepare(ledger, epoch)
-            self._load()
+            try:
+                self._prepare(ledger, epoch)
+                self._load()
+            except BaseException:
+                self._db.close()
+                raise
 
     def close(self) -> None:
         """Close the file. What was not committed is forgotten and will be folded again."""

@@ -18,8 +18,14 @@ MAX_HEADER_BYTES = 256 * 1024
 
 
 def encode(value: Any) -> bytes:
-    """The one spelling of `value`; maps must already have integer keys 0..23 in ascending order."""
-    return cbor2.dumps(value)
+    """The one spelling of `value`; maps must already have integer keys 0..23 in ascending order.
+
+    Raises EncodingError for what CBOR cannot hold, such as text with a lone surrogate (an undecodable file name).
+    """
+    try:
+        return cbor2.dumps(value)
+    except (cbor2.CBOREncodeError, ValueError, TypeError, OverflowError) as error:
+        raise EncodingError(f"cannot be encoded: {error}") from error
 
 
 def decode(data: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Any:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from bmoe.protocol.encoding import bstr, read_bstr
 from bmoe.protocol.errors import EncodingError, EnvelopeError
-from bmoe.protocol.keys import KEY_ID_BYTES, Signer, verify_ed25519
+from bmoe.protocol.keys import KEY_ID_BYTES, Signer, key_id, verify_ed25519
 
 MAX_PAYLOAD_BYTES = 256 * 1024
 _TAG_AND_ARRAY = b"\xd2\x84"
@@ -33,7 +33,12 @@ class Envelope:
     signature: bytes
 
     def verify(self, public_key: bytes, external_aad: bytes) -> None:
-        """Raise EnvelopeError unless the signature is good for this key and this message type."""
+        """Raise EnvelopeError unless the signature is good for this key and this message type.
+
+        The key id must be this key's own, or whoever looks keys up by it would read another signer than we do.
+        """
+        if self.key_id != key_id(public_key):
+            raise EnvelopeError(f"bad signature: in the name of key {self.key_id.hex()}, not {key_id(public_key).hex()}")
         signed = sig_structure(_PROTECTED + self.key_id, external_aad, self.payload)
         if not verify_ed25519(public_key, self.signature, signed):
             raise EnvelopeError(f"bad signature by key {self.key_id.hex()} for {external_aad.decode()}")

@@ -31,7 +31,8 @@ def check_public_key(public_key: bytes) -> bytes:
     with such a key could deny or forge anything. Non-canonical encodings (y >= p) give one key two names.
     """
     if not isinstance(public_key, bytes) or len(public_key) != 32:
-        raise MessageError(f"Ed25519 public key must be 32 bytes, got {len(public_key) if public_key else 0}")
+        found = f"{len(public_key)} bytes" if isinstance(public_key, bytes) else type(public_key).__name__
+        raise MessageError(f"Ed25519 public key must be 32 bytes, got {found}")
     y = int.from_bytes(public_key, "little") & ((1 << 255) - 1)
     if y >= _P:
         raise MessageError("Ed25519 public key is not canonically encoded (y >= 2^255 - 19)")
@@ -75,7 +76,7 @@ class Signer:
     def load_or_create(cls, path: Path) -> Signer:
         """The key kept at `path` as 32 raw bytes, mode 0600; made and written durably when absent."""
         try:
-            raw = path.read_bytes()
+            raw = _read(path)
         except FileNotFoundError:
             signer = cls.generate()
             write_durably(path, signer.private_key.private_bytes_raw(), mode=0o600)
@@ -86,7 +87,7 @@ class Signer:
     def load(cls, path: Path) -> Signer:
         """The key kept at `path`; raises ConfigError when it is absent or damaged."""
         try:
-            return cls.from_bytes(path.read_bytes(), path)
+            return cls.from_bytes(_read(path), path)
         except FileNotFoundError as missing:
             raise ConfigError(f"no signing key at {path}: was this device enrolled?") from missing
 
@@ -95,4 +96,16 @@ class Signer:
         """A key from its 32 raw bytes."""
         if len(raw) != 32:
             raise ConfigError(f"signing key {path} must hold 32 bytes, holds {len(raw)}: restore it or enrol again")
+        # What a file system leaves of a block that it never wrote; anybody can sign with the key of 32 zeros.
+        if raw == bytes(32):
+            raise ConfigError(f"signing key {path} holds only zeros: restore it or enrol again")
         return cls(Ed25519PrivateKey.from_private_bytes(raw))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"signing key {path} cannot be read: {error.strerror or error}") from error

@@ -20,6 +20,7 @@ from bmoe.protocol.schema import (
     blob,
     from_map,
     is_digest,
+    is_output_spec,
     is_tensor_spec,
     is_uint,
     key,
@@ -193,8 +194,8 @@ class Release(Header):
     opset: int = uint(10, 1000)
     memory_mb: int = uint(11)
     batch: bool = key(12, lambda v: type(v) is bool, "a boolean")
-    inputs: tuple[Any, ...] = array(13, lambda v: type(v) is tuple and len(v) == 3, MAX_TENSORS, "tensor specs")
-    outputs: tuple[Any, ...] = array(14, lambda v: type(v) is tuple and len(v) == 4, MAX_TENSORS, "tensor specs")
+    inputs: tuple[Any, ...] = array(13, is_tensor_spec, MAX_TENSORS, "[name, dtype, dims]")
+    outputs: tuple[Any, ...] = array(14, is_output_spec, MAX_TENSORS, "[name, dtype, dims, 8 bytes of float64]")
     owner: str = name(15)
     issued_ms: int = uint(16)
 

@@ -87,6 +87,17 @@ def is_tensor_spec(value: Any) -> bool:
     )
 
 
+def is_output_spec(value: Any) -> bool:
+    """Whether `value` is a tensor spec with its tolerance behind it: 8 bytes, big-endian float64."""
+    return (
+        type(value) is tuple
+        and len(value) == 4
+        and is_tensor_spec(value[:3])
+        and type(value[3]) is bytes
+        and len(value[3]) == 8
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
     """What every signed header carries: keys 0 wire version, 1 type, 2..5 the fields here."""
@@ -126,8 +137,9 @@ def _keys(cls: type) -> tuple[tuple[int, str], ...]:
 
 def header_type(values: Any) -> int:
     """The message type of a decoded header map; raises MessageError unless its wire version is ours."""
-    if type(values) is not dict or values.get(0) != WIRE_VERSION:
-        found = values.get(0) if type(values) is dict else type(values).__name__
+    found = values.get(0) if type(values) is dict else type(values).__name__
+    # `True == 1`, so the type is asked too: the version has one spelling like everything else.
+    if type(found) is not int or found != WIRE_VERSION:
         raise MessageError(f"wire version must be {WIRE_VERSION}, found {found!r}")
     kind = values.get(1)
     if type(kind) is not int:

@@ -161,12 +161,16 @@ async def _enrol(fleet: Fleet, failures: Failures, request: Request) -> Response
     address = request.client.host if request.client else ""
     if failures.too_many(address):
         return _error("too many failed enrolments from this address: wait a minute", 429)
+    device = ""
     try:
-        applicant = read_request(await read_json(request))
+        body = await read_json(request)
+        device = str(body.get("name") or "")[:64]
+        applicant = read_request(body)
+        device = applicant.name
         enrolled = await fleet.enroller.enrol(applicant)
     except (InputError, RefusedError) as error:
         failures.add(address)
-        fleet.report("enrolment_refused", address=address, reason=str(error))
+        fleet.report("enrolment_refused", device=device, address=address, reason=str(error))
         raise
     fleet.report("enrolled", device=enrolled.name, owner=enrolled.owner, address=address, board=applicant.board)
     host, port = fleet.broker

@@ -217,9 +217,7 @@ def test_evidence_left_out_added_or_exchanged_is_refused(ledger: Ledger) -> None
         with pytest.raises(ProofError, match=f"step {step.strip()} "):
             verify_receipt(changed(ledger, text, **changes), trust)
     with pytest.raises(ProofError, match="step 4"):
-        verify_receipt(
-            changed(ledger, ledger.receipt("verdict", other.task, size), supports=evidence.supports), trust
-        )
+        verify_receipt(changed(ledger, ledger.receipt("verdict", other.task, size), supports=evidence.supports), trust)
 
 
 def test_without_openings_it_says_what_was_not_recomputed(ledger: Ledger) -> None:

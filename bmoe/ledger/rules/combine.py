@@ -64,20 +64,25 @@ def combine(rule: str, choices: Choices, outputs: Sequence[Sequence[Tensor]], ba
     """The answer's tensors from the accepted outputs of its tasks (outputs[task][tensor])."""
     if rule != "weighted_sum":
         raise MessageError(f"combine rule {rule!r} is not known here")
-    if not batch:
-        return tuple(outputs[0])
-    return tuple(_weighted(choices, [o[i] for o in outputs]) for i in range(len(outputs[0])))
+    # A task that no choice names could lend its names and types to an answer that its expert has no part in.
+    if set(np.unique(choices.task_index).tolist()) != set(range(len(outputs))):
+        raise MessageError(f"the choices must name each of the {len(outputs)} tasks, and no other")
+    if any(len(o) != len(outputs[0]) for o in outputs):
+        raise MessageError(f"the tasks differ in how many tensors they hold: {[len(o) for o in outputs]}")
+    return tuple(_weighted(choices, [o[i] for o in outputs], batch) for i in range(len(outputs[0])))
 
 
-def _weighted(choices: Choices, parts: Sequence[Tensor]) -> Tensor:
+def _weighted(choices: Choices, parts: Sequence[Tensor], batch: bool) -> Tensor:
+    """One tensor of the answer. Without a batch axis the whole tensor is the one row."""
     first = parts[0]
     dtype = np.dtype(first.dtype).newbyteorder("<")
     rows, top_k = choices.experts.shape
     if top_k > 1 and dtype.kind != "f":
         raise MessageError(f"outputs of {first.dtype} cannot be summed with weights")
-    arrays = [np.frombuffer(p.data, dtype).reshape(p.dims) for p in parts]
+    _check_alike(parts, batch, rows)
+    arrays = [np.frombuffer(p.data, dtype).reshape(p.dims if batch else (1, *p.dims)) for p in parts]
     sizes = np.array([a.shape[0] for a in arrays])
-    if (choices.task_index >= len(arrays)).any() or (choices.task_rows >= sizes[choices.task_index]).any():
+    if (choices.task_rows >= sizes[choices.task_index]).any():
         raise MessageError("a choice points outside its tasks")
     offsets = np.concatenate(([0], np.cumsum(sizes)[:-1]))
     stacked = np.concatenate(arrays)
@@ -90,4 +95,12 @@ def _weighted(choices: Choices, parts: Sequence[Tensor]) -> Tensor:
             weight = choices.weights[:, k].astype(np.float64).reshape(rows, *([1] * (stacked.ndim - 1)))
             total += weight * stacked[where[:, k]].astype(np.float64)
         result = total.astype(dtype)
-    return Tensor(first.name, first.dtype, tuple(result.shape), result.tobytes())
+    return Tensor(first.name, first.dtype, tuple(result.shape[0 if batch else 1 :]), result.tobytes())
+
+
+def _check_alike(parts: Sequence[Tensor], batch: bool, rows: int) -> None:
+    if batch and any(not p.dims for p in parts) or not batch and rows != 1:
+        raise MessageError("without a batch axis an answer has one row, with one every tensor has axis 0")
+    alike = {(p.name, p.dtype, tuple(p.dims[1 if batch else 0 :])) for p in parts}
+    if len(alike) > 1:
+        raise MessageError(f"outputs that differ in name, dtype or dims cannot be combined: {sorted(alike)[:4]}")

@@ -53,7 +53,15 @@ def open_output(header: Output, opening: bytes) -> tuple[Tensor, ...]:
 
 
 def tolerances_of(release: Release) -> tuple[Tolerance, ...]:
-    """Each output's tolerance, from the signed release (epsilon kept as float64 bits)."""
+    """Each output's tolerance, from the signed release (epsilon kept as float64 bits).
+
+    Raises MessageError for an output with two free dims: [2, 3] and [3, 2] have the same bytes, so a liar's shape would
+    agree with an honest one.
+    """
+    for spec in release.outputs:
+        free = tuple(spec[2][1:] if release.batch else spec[2]).count(0)
+        if free > 1:
+            raise MessageError(f"output {spec[0]!r} has {free} free dims, its bytes tell at most one")
     return tuple(Tolerance(o[1], struct.unpack(">d", o[3])[0]) for o in release.outputs)
 
 

@@ -11,7 +11,8 @@ from bmoe.ledger.rules.voting import Candidate, Stance, Tolerance, distance, sta
 
 BY_REFEREE = 255
 NOBODY = 254
-# One letter an output in a verdict: agree, neutral, dissent, or not counted (unusable value, or out of service).
+# One letter an output in a verdict: agree, neutral, dissent, unusable value; all ignored where nothing is accepted.
+# An agent out of service is judged like any other, though its output counts for nothing: diagnosis rests on that.
 LETTERS = {Stance.AGREE: "a", Stance.NEUTRAL: "n", Stance.DISSENT: "d"}
 UNUSABLE = "u"
 IGNORED = "i"

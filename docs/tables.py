@@ -1,0 +1,195 @@
+"""The tables of these documents, made from the code: `python docs/tables.py` rewrites them, the tests compare them.
+
+A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; what stands there is never edited by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bmoe.ledger.rules.entries import ENTRIES, RESERVED
+from bmoe.ledger.rules.policies import POLICIES
+from bmoe.protocol.keys import Signer
+from bmoe.protocol.messages import MESSAGES, Refusal, seal_message
+from bmoe.protocol.schema import Header
+from coordinator.config import GatewaySettings
+from edge_agent.config import AgentSettings
+
+DOCS = Path(__file__).resolve().parent
+BLOCK = re.compile(r"(<!-- begin ([a-z-]+) -->\n).*?(<!-- end \2 -->)", re.S)
+EXAMPLE_KEY = bytes(range(32))
+# Defaults that depend on the machine, as a reader should know them.
+DEPENDS = {"AgentSettings.state": "`/var/lib/bmoe-agent` where writable, else `~/.local/state/bmoe-agent`"}
+
+# Constants that a reader may have to reckon with: module, name, what it says.
+LEDGER_LIMITS = (
+    ("bmoe.ledger.rules.entries", "MAX_LEAF_BYTES", "bytes of one entry"),
+    ("bmoe.ledger.rules.entries", "MAX_OUTPUTS", "outputs in one verdict, and agents asked for one task"),
+    ("bmoe.ledger.rules.frames", "MAX_FRAME_BYTES", "bytes of one frame"),
+    ("bmoe.ledger.rules.frames", "MAX_ENTRIES", "entries in one frame that a reader accepts"),
+    ("bmoe.ledger.author", "FRAME_ENTRIES", "entries that an author puts into one frame"),
+    ("bmoe.ledger.author", "WAITING_MAX", "groups of entries that may wait for the engine"),
+    ("bmoe.ledger.rules.frames", "INLINE_BYTES", "bytes up to which an attachment rides in the frame"),
+    ("bmoe.ledger.rules.state", "TASK_WINDOW_MS", "ms of ledger time for which a closed task can be challenged or answered from"),
+    ("bmoe.ledger.rules.state", "AS_OF_SLACK", "leaves by which `as_of` may precede the opening of its task"),
+    ("bmoe.ledger.rules.standing", "TRUST_AFTER", "clean outputs from probation to trusted"),
+    ("bmoe.ledger.rules.standing", "TRUST_AGAIN_AFTER", "clean outputs from doubted to trusted"),
+    ("bmoe.ledger.rules.standing", "DIAGNOSES_TO_RETURN", "correct diagnosis tasks from quarantined to doubted"),
+    ("bmoe.ledger.rules.standing", "REFUTATIONS_TO_REVOKE", "refutations after which an agent is revoked"),
+    ("bmoe.ledger.rules.voting", "AGREE", "largest distance, in tolerances, that agrees"),
+    ("bmoe.ledger.rules.voting", "NEUTRAL", "largest distance, in tolerances, that does not dissent"),
+    ("bmoe.ledger.cosign", "TICK_EVERY_S", "s between the ticks of one validator"),
+    ("bmoe.ledger.spotcheck", "QUEUE_MAX", "re-executions that wait in one validator"),
+    ("bmoe.ledger.spotcheck", "SUSPECTS_MAX", "verdicts re-executed after one refutation"),
+    ("bmoe.ledger.store", "OPENINGS_COUNT", "openings that a validator keeps for receipts"),
+    ("bmoe.ledger.store", "OPENINGS_BYTES", "bytes of the openings that a validator keeps"),
+    ("bmoe.ledger.store", "NOTES_KEPT", "checkpoints that a validator keeps"),
+    ("coordinator.embedded.ledger_stream", "CHECKPOINTS_KEPT", "checkpoints of each validator that the engine keeps"),
+)  # fmt: skip
+GATEWAY_LIMITS = (
+    ("coordinator.gate", "GATE_TIMEOUT_S", "s that a gate may take"),
+    ("coordinator.gateway", "FINAL_TIMEOUT_S", "s that a request with `wait=final` waits for the quorum"),
+    ("coordinator.gateway", "RECEIPT_TIMEOUT_S", "s that the gateway waits for a validator's receipt"),
+    ("bmoe.ledger.receipts", "WAIT_S", "s that a validator waits until an entry is under a checkpoint"),
+    ("coordinator.collect", "HEDGES_MAX", "times that a silent task is sent on or again"),
+    ("coordinator.fleet", "SUSPICION_S", "s for which the coordinator itself stops asking an agent"),
+    ("coordinator.fleet", "EVIDENCE_A_MINUTE", "refused outputs of one agent kept as evidence each minute"),
+    ("coordinator.diagnose", "EVERY_S", "s between diagnosis tasks for an agent in quarantine"),
+    ("bmoe.storage.evidence", "RETENTION_MS", "ms for which evidence is kept"),
+    ("coordinator.identity.authority", "DEVICE_DAYS", "days that a board's certificate is valid"),
+    ("coordinator.identity.authority", "INFRASTRUCTURE_DAYS", "days that a certificate of the gateway is valid"),
+    ("coordinator.identity.authority", "CA_DAYS", "days that the CA's certificate is valid"),
+    ("coordinator.identity.failures", "FAILURES_MAX", "failed enrolments of one address each minute"),
+    ("coordinator.embedded.supervisor", "MAX_DELAY", "s of the longest pause before a process is started again"),
+    ("coordinator.embedded.supervisor", "LOG_LIMIT", "bytes of a process's log before it moves to `.1`"),
+    ("coordinator.receive", "MAX_UP_BYTES", "bytes of one message from an agent"),
+    ("edge_agent.outbox", "AHEAD_MS", "ms that a task's deadline may lie ahead of a board's clock"),
+    ("bmoe.ledger.complaints", "A_MINUTE", "complaints of one agent that a validator takes each minute"),
+)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def settings(cls: Any) -> str:
+    """Every setting of a pydantic-settings class with default, environment variable and meaning."""
+    prefix = cls.model_config["env_prefix"]
+    rows = []
+    for name, field in cls.model_fields.items():
+        default = DEPENDS.get(f"{cls.__name__}.{name}") or f"`{_value(field.default)}`"
+        rows.append((f"`{name}`", default, f"`{prefix}{name.upper()}`", field.description or ""))
+    return table(("setting", "default", "environment", "meaning"), rows)
+
+
+def limits(constants: Iterable[tuple[str, str, str]]) -> str:
+    """Constants of the code that no setting changes."""
+    rows = []
+    for module, name, meaning in constants:
+        value = getattr(importlib.import_module(module), name)
+        rows.append((f"`{name}`", f"{value:,}" if type(value) is int else f"{value:g}", meaning, _path(module)))
+    return table(("constant", "value", "meaning", "in"), rows)
+
+
+def types(kinds: dict[int, type[Header]]) -> str:
+    """Type numbers."""
+    rows = ((str(n), f"`{c.__name__}`", f"`{c.CONTEXT}`", _first_sentence(c)) for n, c in sorted(kinds.items()))
+    return table(("type", "name", "context", "meaning"), rows)
+
+
+def fields(kinds: dict[int, type[Header]], common: type[Header]) -> str:
+    """The header keys of each type, without those that all share."""
+    shared = {field.name for field in dataclasses.fields(common)}
+    rows = []
+    for number, cls in sorted(kinds.items()):
+        own = sorted((f.metadata["key"], f) for f in dataclasses.fields(cls) if f.name not in shared)
+        for key, field in own:
+            rows.append((f"{number} `{cls.__name__}`", str(key), f"`{field.name}`", field.metadata["expected"]))
+    return table(("type", "key", "field", "value"), rows)
+
+
+def policies() -> str:
+    """The policies by name."""
+    rows = (
+        (f"`{p.name}` {p.version}", str(p.replicas(100)), "yes" if p.distinct_owners else "no", _module_sentence(p))
+        for p in POLICIES.values()
+    )
+    return table(("policy, version", "agents asked first, of 100", "owners kept apart", "rule"), rows)
+
+
+def example() -> str:
+    """One whole message, in hexadecimal, 32 bytes a line."""
+    data = example_message().hex()
+    return "```text\n" + "".join(data[i : i + 64] + "\n" for i in range(0, len(data), 64)) + "```\n"
+
+
+def example_message() -> bytes:
+    """A refusal signed by the Ed25519 key 00 01 .. 1f; signatures are deterministic, so these bytes never change."""
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+    signer = Signer(Ed25519PrivateKey.from_private_bytes(EXAMPLE_KEY))
+    task = bytes.fromhex("01a20c5097c869e29f7f1f0ec139e567")
+    header = Refusal(ledger=bytes(16), epoch=0, author="pi-1", seq=1, task=task, reason="busy", detail="full")
+    return seal_message(signer, header)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "gateway-settings": lambda: settings(GatewaySettings),
+    "agent-settings": lambda: settings(AgentSettings),
+    "gateway-limits": lambda: limits(GATEWAY_LIMITS),
+    "ledger-limits": lambda: limits(LEDGER_LIMITS),
+    "policies": policies,
+    "message-types": lambda: types(MESSAGES),
+    "message-fields": lambda: fields(MESSAGES, Header),
+    "entry-types": lambda: types(ENTRIES),  # type: ignore[arg-type]
+    "entry-fields": lambda: fields(ENTRIES, Header),  # type: ignore[arg-type]
+    "reserved-types": lambda: table(("type", "kept for"), ((str(n), word) for n, word in RESERVED.items())),
+    "example": example,
+}
+
+
+def renewed(text: str) -> str:
+    """A document with its tables made anew; raises KeyError for a block of no known name."""
+    return BLOCK.sub(lambda block: block[1] + TABLES[block[2]]() + block[3], text)
+
+
+def main() -> None:
+    """Rewrite every document whose tables have changed."""
+    for path in sorted(DOCS.glob("*.md")):
+        old = path.read_text(encoding="utf-8")
+        new = renewed(old)
+        if new != old:
+            path.write_text(new, encoding="utf-8")
+            print(f"rewrote {path.name}", file=sys.stderr)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(f'"{item}"' for item in value) + "]"
+    return "none" if value is None else str(value)
+
+
+def _path(module: str) -> str:
+    return f"`{module.replace('.', '/')}.py`"
+
+
+def _first_sentence(cls: type) -> str:
+    return re.split(r"(?<=[.])\s", " ".join((cls.__doc__ or "").split()))[0]
+
+
+def _module_sentence(policy: Any) -> str:
+    doc = sys.modules[policy.decide.__module__].__doc__ or ""
+    line = " ".join(doc.split("\n\n")[0].split())
+    return re.sub(r"^`\w+`(?:, the default)?: ", "", line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""Boards against a real gateway: joining, and what a thief, a liar, a stranger and a revoked device do not achieve."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import hashlib
+import json
+import os
+import ssl
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytest_asyncio
+from certs import issue, make_authority
+from cryptography import x509
+from embedded_servers import PATIENCE
+from identity_fleet import VALIDATOR, Peer, Site, running_site, tls_of
+
+from bmoe.ledger.rules.entries import Equivocation
+from bmoe.ledger.rules.standing import Standing
+from bmoe.protocol.errors import InputError, RefusedError, UnavailableError
+from bmoe.protocol.link import Will
+from bmoe.protocol.messages import Output, Release, open_message, seal_header
+from bmoe.protocol.topics import every_device, topic
+from bmoe.storage.evidence import EvidenceStore
+from bmoe.storage.manifest import Expert, Model, TensorSpec, render_manifest
+from coordinator.embedded.nats_server import TlsFiles
+from coordinator.embedded.supervisor import Child
+from coordinator.identity.authority import check_csr
+from coordinator.identity.https import server_tls, serving
+from edge_agent.identity import Identity as Board
+from edge_agent.join import join
+from edge_agent.join_token import parse_token
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def site(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Site]:
+    async with running_site(tmp_path_factory.mktemp("site")) as site:
+        yield site
+
+
+def device(site: Site, board: Board, client_id: str | None = None, **more: Any) -> Peer:
+    topics = (topic(board.name, "task"), topic(board.name, "notice"))
+    return Peer(site.settings(tls_of(board), client_id or board.name), *topics, **more)
+
+
+def coordinator(site: Site) -> Peer:
+    topics = [every_device(channel) for channel in ("output", "refusal", "status", "health")]
+    return Peer(site.settings(site.identity.tls("coordinator"), "coordinator"), *topics, qos=1)
+
+
+def validator(site: Site) -> Peer:
+    topics = [every_device(channel) for channel in ("complaint", "status")]
+    return Peer(site.settings(site.identity.tls(VALIDATOR), VALIDATOR), *topics, qos=1)
+
+
+async def test_board_joins_and_speaks_as_itself(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-1", tmp_path)
+    assert (board.name, board.owner) == ("pi-1", "acme")
+    member = (await site.ledger_state()).members["pi-1"]
+    assert (member.public_key, member.owner) == (board.signer.public_key, "acme")
+    async with coordinator(site) as boss, validator(site) as judge, device(site, board) as pi:
+        for peer in (boss, judge, pi):
+            await peer.up()
+        await pi.link.publish(topic("pi-1", "output"), b"signed output", qos=1)
+        await pi.link.publish(topic("pi-1", "complaint"), b"misjudged", qos=1)
+        await pi.link.publish(topic("pi-1", "status"), b"online", qos=1, retain=True)
+        await boss.hears(topic("pi-1", "output"), b"signed output")
+        await judge.hears(topic("pi-1", "complaint"), b"misjudged")
+        await judge.hears(topic("pi-1", "status"), b"online")
+        await boss.link.publish(topic("pi-1", "task"), b"a task")
+        await pi.hears(topic("pi-1", "task"), b"a task")
+    async with coordinator(site) as restarted:
+        await restarted.hears(topic("pi-1", "status"), b"online")
+
+
+async def test_gateway_with_another_ca_than_the_tokens_pin_is_refused_by_the_board(site: Site, tmp_path: Path) -> None:
+    foreign = make_authority(tmp_path / "foreign")
+    cert, key = issue(foreign, "gateway", server=True)
+
+    async def ca(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": foreign.ca.read_bytes()})
+
+    token = await site.token()
+    async with serving(ca, "127.0.0.1", 0, server_tls(TlsFiles(cert, key, foreign.ca))) as port:
+        with pytest.raises(RefusedError, match="this is another gateway, or somebody stands between"):
+            gateway = f"https://127.0.0.1:{port}"
+            await asyncio.to_thread(join, tmp_path / "board", token, name="pi-mitm", gateway=gateway, force=False)
+    joined = await asyncio.to_thread(join, tmp_path / "board", token, name="pi-mitm", gateway=None, force=False)
+    assert joined.name == "pi-mitm"
+
+
+async def test_token_that_somebody_used_first_is_worthless_to_the_second(site: Site, tmp_path: Path) -> None:
+    token = await site.token()
+    await asyncio.to_thread(join, tmp_path / "a", token, name="pi-first", gateway=None, force=False)
+    with pytest.raises(RefusedError, match="used already"):
+        await asyncio.to_thread(join, tmp_path / "b", token, name="pi-second", gateway=None, force=False)
+    refused = await site.reported("enrolment_refused")
+    assert refused["address"] == "127.0.0.1" and "used already" in refused["reason"]
+    assert "pi-second" not in (await site.ledger_state()).members
+
+
+async def test_stranger_gets_no_further_than_tls(site: Site, tmp_path: Path) -> None:
+    foreign = make_authority(tmp_path)
+    cert, key = issue(foreign, "pi-1")
+    async with Peer(site.settings(TlsFiles(cert, key, site.layout.ca), "pi-1")) as thief:
+        await thief.until(lambda: bool(thief.downs))
+        assert not thief.link.connected
+    naked = ssl.create_default_context(cafile=str(site.layout.ca))
+    reader, writer = await asyncio.open_connection("127.0.0.1", thief.link.settings.port, ssl=naked)
+    with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+        writer.write(b"\x10\x10\x00\x04MQTT\x04\x02\x00\x00\x00\x04pi-1")
+        await reader.read(4)
+    writer.close()
+    assert (await site.call("GET", "/v1/blobs/" + "0" * 64))[0] == 403
+
+
+async def test_certificate_of_a_name_that_was_never_enrolled_is_refused(site: Site, tmp_path: Path) -> None:
+    """A CA that certified somebody behind the registrar's back does not make him a member."""
+    board = await site.board("pi-base", tmp_path)
+    pem = site.identity.authority.issue_device(check_csr(board.csr.read_text()), "pi-ghost")
+    (tmp_path / "ghost.pem").write_bytes(pem)
+    files = TlsFiles(tmp_path / "ghost.pem", board.key, board.ca)
+    async with Peer(site.settings(files, "pi-ghost")) as ghost:
+        refused = await site.reported("connect_refused", device="pi-ghost")
+        await ghost.until(lambda: any("not authorised" in reason for reason in ghost.downs))
+    assert refused == {
+        "device": "pi-ghost", "client_id": "pi-ghost", "address": "127.0.0.1", "reason": "pi-ghost is not enrolled",
+    }  # fmt: skip
+    assert (await site.call("GET", "/v1/members", files=files))[0] == 403
+
+
+async def test_thief_of_a_client_id_is_refused_and_its_owner_stays_connected(site: Site, tmp_path: Path) -> None:
+    owner, thief = await site.board("pi-owner", tmp_path / "a"), await site.board("pi-thief", tmp_path / "b")
+    async with device(site, owner) as honest, coordinator(site) as boss:
+        await honest.up()
+        await boss.up()
+        async with Peer(site.settings(tls_of(thief), "pi-owner")):
+            refused = await site.reported("connect_refused", device="pi-thief", client_id="pi-owner")
+        assert "client id 'pi-owner' is not the certificate's name 'pi-thief'" in refused["reason"]
+        await boss.link.publish(topic("pi-owner", "task"), b"still here?")
+        await honest.hears(topic("pi-owner", "task"), b"still here?")
+        assert not honest.downs
+
+
+async def test_speaking_and_listening_as_another_is_not_delivered_and_named_in_the_log(
+    site: Site, tmp_path: Path
+) -> None:
+    liar, victim = await site.board("pi-liar", tmp_path / "a"), await site.board("pi-victim", tmp_path / "b")
+    async with coordinator(site) as boss, device(site, liar) as pi, device(site, victim) as other:
+        for peer in (boss, pi, other):
+            await peer.up()
+        for forged in (topic("pi-victim", "output"), topic("pi-victim", "task"), topic("pi-liar", "task")):
+            await pi.link.publish(forged, b"forged", qos=1)
+        await pi.link.publish(topic("pi-liar", "output"), b"own", qos=1)
+        await boss.hears(topic("pi-liar", "output"), b"own")
+        assert b"forged" not in [payload for _, payload in [*boss.heard, *other.heard, *pi.heard]]
+        for subject in ("pi-victim.output", "pi-victim.task", "pi-liar.task"):
+            line = f'"pi-liar" - Publish Violation - Subject "bmoe.v1.{subject}"'
+            await site.events.wait_for("broker", "log", text=line)
+    for spied in (topic("pi-victim", "task"), "bmoe/#", "#", "$SYS/#", "$MQTT/#"):
+        async with Peer(site.settings(tls_of(liar), "pi-liar"), spied) as spy:
+            await spy.until(lambda spy=spy: any("not permitted" in reason for reason in spy.downs))  # type: ignore[misc]
+
+
+async def test_revoked_device_loses_its_session_and_every_door(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-stolen", tmp_path)
+    will = Will(topic("pi-stolen", "status"), b"lost")
+    async with coordinator(site) as boss, device(site, board, will=lambda: will) as pi:
+        await boss.up()
+        await pi.up()
+        answer = await site.admin("POST", "/v1/admin/devices/pi-stolen/revoke", {"reason": "stolen from site 4"})
+        assert answer == {"name": "pi-stolen", "sessions_ended": 1}
+        await boss.hears(topic("pi-stolen", "status"), b"lost")
+        await pi.until(lambda: any("not authorised" in reason for reason in pi.downs))
+        assert (await site.reported("connect_refused", device="pi-stolen"))["reason"].endswith("stolen from site 4")
+        assert not pi.link.connected
+    state = await site.ledger_state()
+    assert state.standing("pi-stolen") is Standing.REVOKED
+    for path in ("/v1/blobs/" + "0" * 64, "/v1/members", "/v1/releases/" + "0" * 64):
+        status, _, body = await site.call("GET", path, files=tls_of(board))
+        assert (status, json.loads(body)) == (403, {"error": "pi-stolen is revoked: stolen from site 4"})
+    csr = {"csr": board.csr.read_text()}
+    assert (await site.call("POST", "/v1/renew", csr, files=tls_of(board)))[0] == 403
+    with pytest.raises(RefusedError, match="is revoked"):
+        await site.board("pi-stolen", tmp_path / "again")
+
+
+async def test_agent_that_the_ledger_convicts_loses_its_session_without_an_operator(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-two-faced", tmp_path)
+    header: dict[str, Any] = {
+        "ledger": board.ledger, "epoch": board.epoch, "author": board.name, "seq": 1, "task": b"t" * 16,
+        "expert": b"e" * 32, "input_root": b"i" * 32, "rows": 1, "outputs": (), "provider": "cpu", "duration_us": 1,
+    }  # fmt: skip
+    said = [seal_header(board.signer, Output(**header, output_root=root * 32)) for root in (b"a", b"b")]
+    async with device(site, board) as pi, site.coordinator_author() as author:
+        await pi.up()
+        await author.enter((Equivocation, {"first": said[0], "second": said[1]}))
+        await pi.until(lambda: any("not authorised" in reason for reason in pi.downs))
+    ended = await site.reported("session_ended", device="pi-two-faced")
+    assert ended["reason"] == "standing revoked: equivocated"
+
+
+async def test_session_ends_with_its_certificate(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-late", tmp_path)
+    now = datetime.datetime.now(datetime.timezone.utc)
+    almost = now - datetime.timedelta(days=30) + datetime.timedelta(seconds=2)
+    board.certificate.write_bytes(
+        site.identity.authority.issue_device(check_csr(board.csr.read_text()), "pi-late", almost)
+    )
+    async with device(site, board) as pi:
+        await pi.up()
+        await pi.until(lambda: bool(pi.downs))
+
+
+async def test_registrar_away_leaves_sessions_alone_and_comes_back_to_the_same_fleet(
+    site: Site, tmp_path: Path
+) -> None:
+    board = await site.board("pi-steady", tmp_path)
+    async with coordinator(site) as boss, device(site, board) as pi:
+        await boss.up()
+        await pi.up()
+        await site.stop_registrar()
+        await boss.link.publish(topic("pi-steady", "task"), b"work goes on")
+        await pi.hears(topic("pi-steady", "task"), b"work goes on")
+        await site.start_registrar()
+        assert not pi.downs and not boss.downs
+    async with device(site, board) as pi:
+        await pi.up()
+
+
+async def test_killed_registrar_knows_whom_it_answered(site: Site, tmp_path: Path) -> None:
+    await site.stop_registrar()
+    command = (sys.executable, "-m", "coordinator.identity.registrar", "--state", str(site.state))
+    child = Child("registrar", command, tmp_path / "registrar.log", env={"PYTHONPATH": os.getcwd()})
+    try:
+        await site.supervisor.start(child)
+        board = await site.board("pi-survivor", tmp_path)
+        os.kill(site.supervisor.pids()["registrar"], 9)
+        await site.events.wait_for("registrar", "ready", count=2)
+        async with device(site, board) as pi:
+            await pi.up()
+    finally:
+        await site.supervisor._stop_slot(site.supervisor._slots.pop("registrar"))
+        await site.start_registrar()
+    log = (tmp_path / "registrar.log").read_text()
+    assert '"event": "enrolled"' in log and "Traceback" not in log
+
+
+async def test_certificate_is_renewed_before_its_end(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-renewed", tmp_path)
+    csr = board.csr.read_text()
+    status, _, body = await site.call("POST", "/v1/renew", {"csr": csr}, files=tls_of(board))
+    renewed = x509.load_pem_x509_certificate(json.loads(body)["certificate"].encode())
+    assert status == 200 and renewed.subject.rfc4514_string() == "CN=pi-renewed"
+    board.certificate.write_bytes(json.loads(body)["certificate"].encode())
+    async with device(site, board) as pi:
+        await pi.up()
+    assert (await site.call("POST", "/v1/renew", {"csr": csr}))[0] == 403
+
+
+async def test_blobs_are_resumed_and_only_named_by_digest(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-fetch", tmp_path)
+    data = os.urandom(300_000)
+    digest = hashlib.sha256(data).hexdigest()
+    site.layout.blobs.mkdir(exist_ok=True)
+    (site.layout.blobs / digest).write_bytes(data)
+    path, files = f"/v1/blobs/{digest}", tls_of(board)
+    assert (await site.call("GET", path, files=files))[::2] == (200, data)
+    status, headers, rest = await site.call("GET", path, files=files, Range="bytes=299000-")
+    assert (status, rest, headers["content-range"]) == (206, data[299_000:], "bytes 299000-299999/300000")
+    assert (await site.call("GET", path, files=files, Range="bytes=0-9"))[::2] == (206, data[:10])
+    status, headers, _ = await site.call("GET", path, files=files, Range="bytes=300000-")
+    assert (status, headers["content-range"]) == (416, "bytes */300000")
+    for odd in ("bytes=-5", "bytes=0-1,2-3", "lines=1-", "bytes=" + "0-," * 3000):
+        assert (await site.call("GET", path, files=files, Range=odd))[::2] == (200, data)
+    for other in ("0" * 64, digest.upper(), "..%2f..%2fidentity%2fca.key", "%2e%2e"):
+        status, _, body = await site.call("GET", f"/v1/blobs/{other}", files=files)
+        assert status == 404 and set(json.loads(body)) == {"error"}
+
+
+async def test_evidence_is_for_validators_alone(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-curious", tmp_path)
+    store = EvidenceStore(site.layout.evidence)
+    await store.keep([(b"T" * 16, b"the task's input")])
+    path = "/v1/evidence/" + (b"T" * 16).hex()
+    assert (await site.call("GET", path, files=site.identity.tls(VALIDATOR)))[::2] == (200, b"the task's input")
+    assert (await site.call("GET", path, files=tls_of(board)))[0] == 403
+    assert (await site.call("GET", path, files=site.identity.tls("coordinator")))[0] == 403
+    assert (await site.call("GET", path))[0] == 403
+    unknown = "/v1/evidence/" + "0" * 32
+    assert (await site.call("GET", unknown, files=site.identity.tls(VALIDATOR)))[0] == 404
+    store.close()
+
+
+def make_model(blob: bytes, version: int = 1) -> Model:
+    tensor = TensorSpec("x", "float32", (None, 4))
+    expert = Expert(
+        "only", "only.onnx", hashlib.sha256(blob).hexdigest(), len(blob), 17, 16, True, (tensor,),
+        (TensorSpec("y", "float32", (None, 3), 1e-5),),
+    )  # fmt: skip
+    return Model(1, "toy", version, "Apache-2.0", "", 1, "weighted_sum", (), None, (expert,))
+
+
+async def test_model_is_published_once_and_its_release_is_signed(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-model", tmp_path)
+    blob = os.urandom(1000)
+    manifest = render_manifest(make_model(blob))
+    digest = hashlib.sha256(blob).hexdigest()
+    path = "/v1/admin/releases?owner=acme"
+    with pytest.raises(RefusedError, match="not in the store"):
+        await site.admin("POST", path, manifest)
+    site.layout.blobs.mkdir(exist_ok=True)
+    (site.layout.blobs / digest).write_bytes(blob[:-1] + b"?" if blob[-1:] != b"?" else blob[:-1] + b"!")
+    with pytest.raises(RefusedError, match="is damaged"):
+        await site.admin("POST", path, manifest)
+    (site.layout.blobs / digest).write_bytes(blob)
+    assert (await site.admin("POST", path, manifest))["position"] > 0
+    assert (await site.admin("POST", path, manifest))["position"] == 0
+    _, _, raw = await site.call("GET", f"/v1/releases/{digest}", files=tls_of(board))
+    release = open_message(Release, raw)
+    release.verify(board.registrar)
+    assert (release.header.digest.hex(), release.header.inputs) == (digest, (("x", "float32", (0, 4)),))
+    assert (await site.ledger_state()).models["toy"].version == 1
+    with pytest.raises(InputError, match="owner"):
+        await site.admin("POST", "/v1/admin/releases", manifest)
+
+
+async def test_operators_doors_open_for_the_operator_alone(site: Site, tmp_path: Path) -> None:
+    board = await site.board("pi-ambitious", tmp_path)
+    for files in (None, tls_of(board), site.identity.tls(VALIDATOR), site.identity.tls("coordinator")):
+        assert (await site.call("POST", "/v1/admin/tokens", {"owner": "x"}, files=files))[0] == 403
+        assert (await site.call("POST", "/v1/admin/devices/pi-1/revoke", {"reason": "x"}, files=files))[0] == 403
+        assert (await site.call("GET", "/v1/admin/devices", files=files))[0] == 403
+    token = await site.token(name="pi-named", ttl_s=60)
+    spelled = parse_token(token).token.hex()
+    listed = (await site.admin("GET", "/v1/admin/tokens"))["tokens"]
+    assert [row["state"] for row in listed if row["id"] == spelled] == ["open"]
+    await site.admin("DELETE", f"/v1/admin/tokens/{spelled}")
+    with pytest.raises(RefusedError, match="revoked by the operator"):
+        await asyncio.to_thread(join, tmp_path / "late", token, name="pi-named", gateway=None, force=False)
+    with pytest.raises(RefusedError, match="not an enrolled device"):
+        await site.admin("POST", "/v1/admin/devices/coordinator/revoke", {"reason": "x"})
+
+
+async def test_hostile_requests_are_one_clear_line(site: Site) -> None:
+    for method, path, body, status in (
+        ("GET", "/", None, 404),
+        ("GET", "/v1/nothing", None, 404),
+        ("DELETE", "/v1/enrol", None, 405),
+        ("POST", "/v1/enrol", b"", 400),
+        ("POST", "/v1/enrol", b"[" * 60_000, 400),
+        ("POST", "/v1/enrol", b"\xff\xfe", 400),
+        ("POST", "/v1/enrol", b"[]", 400),
+        ("POST", "/v1/enrol", b"x" * 70_000, 400),
+        ("POST", "/v1/enrol", {"token": "00"}, 400),
+    ):
+        found, _, answer = await site.call(method, path, body, source="127.0.0.3")
+        assert found == status, (path, answer)
+        assert set(json.loads(answer)) == {"error"} and "Traceback" not in answer.decode()
+
+
+async def test_grinding_of_tokens_is_slowed_by_address(site: Site, tmp_path: Path) -> None:
+    for _ in range(10):
+        assert (await site.call("POST", "/v1/enrol", {}, source="127.0.0.2"))[0] == 400
+    assert (await site.call("POST", "/v1/enrol", {}, source="127.0.0.2"))[0] == 429
+    assert (await site.call("GET", "/v1/ca", source="127.0.0.2"))[0] == 200
+    await site.board("pi-neighbour", tmp_path)
+
+
+async def test_no_answer_is_given_while_the_ledger_is_down(site: Site, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("coordinator.identity.desk.PATIENCE_S", 0.5)
+    token = await site.token()
+    os.kill(site.supervisor.pids()["ledger"], 19)
+    try:
+        with pytest.raises(UnavailableError, match="503"):
+            await asyncio.to_thread(join, tmp_path, token, name="pi-patient", gateway=None, force=False)
+    finally:
+        os.kill(site.supervisor.pids()["ledger"], 18)
+    monkeypatch.undo()
+    board = await asyncio.wait_for(
+        asyncio.to_thread(join, tmp_path, token, name="pi-patient", gateway=None, force=False), PATIENCE
+    )
+    assert (await site.ledger_state()).members["pi-patient"].public_key == board.signer.public_key

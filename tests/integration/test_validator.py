@@ -1,0 +1,394 @@
+"""Validator processes on a real ledger engine: they cosign truth, turn lies into rejected leaves, and refute liars."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import json
+import os
+import signal
+import sqlite3
+import ssl
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nats
+import pytest
+from certs import Authority, issue, make_authority
+from ledger_fixtures import TOY, TOY_ONNX, Fleet, OpenTask, Signed, digest_of, tensor_of, toy
+
+from bmoe.ledger.complaints import Complaints
+from bmoe.ledger.follower import Follower
+from bmoe.ledger.receipts import read_reply
+from bmoe.ledger.replica import Settings, Validator
+from bmoe.ledger.rules.checkpoint import parse_checkpoint, parse_note, verify_cosignature
+from bmoe.ledger.rules.entries import BY_REFEREE, Rejected, parse_entry
+from bmoe.ledger.rules.frames import parse_frame
+from bmoe.ledger.rules.merkle import merkle_root
+from bmoe.ledger.rules.receipt import merge_receipts, verify_receipt
+from bmoe.ledger.rules.standing import Standing
+from bmoe.ledger.rules.state import State
+from bmoe.ledger.rules.trust import Anchor, format_trust
+from bmoe.ledger.spotcheck import Rates
+from bmoe.ledger.stream import LedgerAccess, LedgerStream, message_id
+from bmoe.protocol.errors import UnavailableError
+from bmoe.protocol.messages import Complaint, seal_message
+from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
+from coordinator.embedded.nats_server import TlsFiles, prepare_ledger
+from coordinator.embedded.supervisor import Child, Supervisor
+
+PATIENCE = 15.0
+VALIDATORS = ("validator-1", "validator-2")
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    made = make_authority(tmp_path_factory.mktemp("pki"))
+    issue(made, "gateway", server=True)
+    for name in ("bmoe-admin", "coordinator", "registrar", *VALIDATORS):
+        issue(made, name)
+    return made
+
+
+@dataclass
+class Kept:
+    """What the gateway serves over mutual TLS: path -> bytes."""
+
+    files: dict[str, bytes] = field(default_factory=dict)
+    asked: list[str] = field(default_factory=list)
+    port: int = 0
+
+
+@contextlib.contextmanager
+def serving(authority: Authority) -> Iterator[Kept]:
+    """An HTTPS gateway of evidence and blobs, as validators see it."""
+    kept = Kept()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = kept.files.get(self.path)
+            kept.asked.append(self.path)
+            self.send_response(200 if body is not None else 404)
+            body = body if body is not None else b'{"error": "not kept"}'
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=str(authority.ca))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_cert_chain(authority.folder / "gateway.crt", authority.folder / "gateway.key")
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    kept.port = server.server_address[1]
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield kept
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+@dataclass
+class Site:
+    """One ledger server, a fleet that writes to it, and a follower that recomputes what is on it."""
+
+    folder: Path
+    authority: Authority
+    port: int
+    supervisor: Supervisor
+    kept: Kept
+    fleet: Fleet
+    writers: dict[str, LedgerStream] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+    leaves: list[bytes] = field(default_factory=list)
+    sent: int = 0
+    follower: Follower | None = None
+
+    def access(self, name: str) -> LedgerAccess:
+        folder = self.authority.folder
+        return LedgerAccess("127.0.0.1", self.port, self.authority.ca, folder / f"{name}.crt", folder / f"{name}.key")
+
+    async def flush(self) -> None:
+        """Send every frame that the fleet has written since; the engine orders them among the validators' own."""
+        for data in self.fleet.messages[self.sent :]:
+            frame = parse_frame(data)
+            author = frame.header.author
+            position = await self.writers[author].append(
+                author, data, message_id(frame.digest), self.last.get(author, 0)
+            )  # fmt: skip
+            self.last[author], self.sent = position, self.sent + 1
+
+    async def sees(self, predicate: Callable[[State], bool]) -> State:
+        """Wait until a reader who recomputes everything finds this true."""
+        assert self.follower is not None
+        state = self.follower.state
+        try:
+            await self.follower.changed(lambda: predicate(state), PATIENCE)
+        except asyncio.TimeoutError:
+            pytest.fail(f"not seen within {PATIENCE} s; size {state.size}, claims {state.claims}")
+        assert predicate(state)
+        return state
+
+    def keep(self, task: OpenTask) -> None:
+        """Keep a task's input as evidence, as the coordinator must before it enters the verdict."""
+        self.kept.files[f"/v1/evidence/{task.task.hex()}"] = self.fleet.task_message(task, "agent-1")
+
+    async def decide(
+        self, wrong: dict[str, float], referee: bool = False, **options: Any
+    ) -> tuple[OpenTask, list[Signed]]:
+        """A task that three agents answer, some off by a constant, and its verdict on the ledger."""
+        fleet = self.fleet
+        task = fleet.open_task()
+        self.keep(task)
+        outputs = [fleet.output(a, task, toy(task.x) + wrong.get(a, 0.0)) for a in fleet.agents[:3]]
+        if referee:
+            options |= {"referee": fleet.output("coordinator", task), "accepted": BY_REFEREE, "policy": "referee"}
+        fleet.decide(task, outputs, **options)
+        await self.flush()
+        return task, outputs
+
+    def arguments(self, name: str) -> list[str]:
+        folder = self.authority.folder
+        return [
+            "--state", str(self.folder), "--name", name, "--ledger-port", str(self.port), "--ca", str(folder / "ca.crt"),
+            "--certificate", str(folder / f"{name}.crt"), "--key", str(folder / f"{name}.key"),
+            "--gateway", f"https://127.0.0.1:{self.kept.port}", "--spot-start", "1", "--spot-floor", "1",
+        ]  # fmt: skip
+
+    async def start(self, name: str) -> None:
+        """A validator's own process, under the supervisor."""
+        command = (sys.executable, "-m", "bmoe.ledger.validator", *self.arguments(name))
+        env = {"PYTHONPATH": os.getcwd()}
+        await self.supervisor.start(Child(name, command, self.folder / f"{name}.log", env=env))
+
+    async def ask(self, validator: str, **question: Any) -> str:
+        reply = await self.writers["coordinator"].client.request(
+            f"ledger.receipt.{validator}", json.dumps(question).encode(), timeout=8
+        )
+        return read_reply(reply.data)
+
+    async def receipt(self, **question: Any) -> str:
+        """One receipt with every validator's cosignature."""
+        first = await self.ask(VALIDATORS[0], **question)
+        size = parse_checkpoint(parse_note(first.partition("\n\n")[2]).text).size
+        return merge_receipts([first, await self.ask(VALIDATORS[1], size=size, **question)])
+
+
+@contextlib.asynccontextmanager
+async def site(folder: Path, authority: Authority, *validators: str) -> AsyncIterator[Site]:
+    """The ledger founded, and these validators' processes ready."""
+    fleet = Fleet(validator_count=len(VALIDATORS))
+    folder.mkdir(exist_ok=True)
+    (folder / "trust.json").write_text(format_trust(fleet.trust))
+    for name in VALIDATORS:
+        (folder / name).mkdir()
+        (folder / name / "validator.key").write_bytes(fleet.signers[name].private_key.private_bytes_raw())
+    tls = {n: TlsFiles(authority.folder / f"{n}.crt", authority.folder / f"{n}.key", authority.ca)
+           for n in ("gateway", "coordinator")}  # fmt: skip
+    async with contextlib.AsyncExitStack() as stack:
+        supervisor = await stack.enter_async_context(Supervisor(folder))
+        server = prepare_ledger(folder, tls["gateway"], tls["coordinator"], validators=VALIDATORS)
+        await supervisor.start(server.child)
+        kept = stack.enter_context(serving(authority))
+        kept.files[f"/v1/blobs/{TOY.hex()}"] = TOY_ONNX
+        made = Site(folder, authority, server.ports["client"], supervisor, kept, fleet)
+        await make_streams(made)
+        for name in ("coordinator", "registrar"):
+            made.writers[name] = await LedgerStream.connect(made.access(name), name)
+            stack.push_async_callback(made.writers[name].close)
+        fleet.found()
+        await made.flush()
+        state = State(fleet.ledger, fleet.epoch, fleet.registrar.public_key)
+        made.follower = Follower(
+            made.writers["coordinator"],
+            state,
+            recompute=True,
+            on_applied=lambda _, applied: made.leaves.extend(applied.leaves),
+        )
+        made.follower.start()
+        stack.push_async_callback(made.follower.stop)
+        await asyncio.gather(*[made.start(name) for name in validators])
+        yield made
+
+
+async def make_streams(made: Site) -> None:
+    access = made.access("bmoe-admin")
+    admin = await nats.connect(f"tls://127.0.0.1:{made.port}", tls=access.tls(), tls_handshake_first=True)
+    await ensure_ledger_stream(admin)
+    await ensure_checkpoint_stream(admin)
+    await admin.close()
+
+
+async def test_validators_cosign_one_root_and_their_receipts_merge_across_a_kill(
+    tmp_path: Path, authority: Authority
+) -> None:
+    async with site(tmp_path / "state", authority, *VALIDATORS) as made:
+        live = await made.writers["coordinator"].client.subscribe("ledger.checkpoint.>")
+        task, outputs = await made.decide({})
+        (kind, fields), opening, result = made.fleet.answer([(task, outputs[0])])
+        made.fleet.enter("coordinator", (kind, fields), attachments=[opening, outputs[0].opening])
+        await made.flush()
+        audited = verify_receipt(await made.receipt(request=fields["request"].hex()), made.fleet.trust)
+        assert audited.result == (tensor_of("y", result),)
+        assert [name for name, _ in audited.cosigned] == list(VALIDATORS)
+        await made.sees(lambda state: state.size >= audited.size)
+        assert audited.root == merkle_root(made.leaves[: audited.size])
+        note = parse_note((await live.next_msg(timeout=PATIENCE)).data)
+        key = next(k for k in made.fleet.trust.validators if k.name == note.signatures[0].name)
+        assert verify_cosignature(note, key) > 0
+        with pytest.raises(UnavailableError, match=r"not under a cosigned checkpoint|no verdict"):
+            await made.ask(VALIDATORS[0], task=bytes(16).hex(), size=1)
+
+        os.kill(made.supervisor.pids()[VALIDATORS[0]], signal.SIGKILL)
+        later, _ = await made.decide({})
+        await made.sees(lambda state: later.task in state.closed)
+        text = await retried(lambda: made.receipt(task=later.task.hex()))
+        again = verify_receipt(text, made.fleet.trust)
+        assert again.size > audited.size
+        await made.sees(lambda state: state.size >= again.size)
+        assert again.root == merkle_root(made.leaves[: again.size])
+
+
+async def retried(call: Callable[[], Any]) -> Any:
+    """Ask until there is an answer: a killed process is on its way back."""
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    while True:
+        try:
+            return await call()
+        except (nats.errors.Error, UnavailableError):
+            if asyncio.get_running_loop().time() > deadline:
+                raise
+            await asyncio.sleep(0.1)
+
+
+async def test_false_verdict_becomes_a_rejected_leaf_and_liars_are_refuted(
+    tmp_path: Path, authority: Authority
+) -> None:
+    async with site(tmp_path / "state", authority, *VALIDATORS) as made:
+        # A referee contradicts agent-2; both validators execute it again and confirm: quarantine.
+        await made.decide({"agent-2": 1.0}, referee=True)
+        state = await made.sees(lambda s: s.agents["agent-2"].standing is Standing.QUARANTINED)
+        assert state.agents["agent-1"].standing is Standing.PROBATION
+        # All three collude under `quorum`: nobody dissents, and the validators' own draws find it.
+        task, _ = await made.decide(dict.fromkeys(made.fleet.agents[:3], 0.5))
+        state = await made.sees(
+            lambda s: all(r.standing is not Standing.PROBATION for r in list(s.agents.values())[:3])
+        )
+        assert state.agents["agent-2"].standing is Standing.REVOKED
+        assert state.claims[(task.task, "agent-1")] == set(VALIDATORS)
+        assert f"/v1/evidence/{task.task.hex()}" in made.kept.asked
+        # The coordinator claims stances that the outputs do not have: a rejected leaf, and it is fenced.
+        lie, _ = await made.decide({"agent-1": 1.0}, stances="aaa", accepted=1)
+        state = await made.sees(lambda s: bool(s.authors["coordinator"].fenced))
+        assert "the entry claims 1 with 'aaa'" in state.authors["coordinator"].fenced
+        assert lie.task in state.open and lie.task not in state.closed
+        where = next(i for i, leaf in enumerate(made.leaves) if isinstance(parse_entry(leaf), Rejected))
+        with pytest.raises(UnavailableError, match="not under a cosigned checkpoint"):
+            await made.ask(VALIDATORS[0], task=lie.task.hex())
+        audited = verify_receipt(await made.receipt(task=task.task.hex()), made.fleet.trust)
+        assert audited.size > where and audited.root == merkle_root(made.leaves[: audited.size])
+
+        # A validator that comes back later verifies the lie again, and lands on the same leaves.
+        os.kill(made.supervisor.pids()[VALIDATORS[1]], signal.SIGKILL)
+        found = await retried(lambda: made.ask(VALIDATORS[1], task=task.task.hex(), size=audited.size))
+        assert parse_checkpoint(parse_note(found.partition("\n\n")[2]).text).root == audited.root
+
+
+async def test_changed_position_halts_a_validator_with_evidence(tmp_path: Path, authority: Authority) -> None:
+    async with site(tmp_path / "state", authority) as made:
+        one = VALIDATORS[0]
+        task, _ = await made.decide({})
+        async with running(made, one):
+            await retried(lambda: made.ask(one, task=task.task.hex()))
+        with sqlite3.connect(made.folder / one / "replica.db") as db:
+            db.execute("UPDATE frames SET digest = ? WHERE position = 3", (bytes(32),))
+        db.close()
+        code, told = await ended(await launch(made, one))
+        assert code == 3
+        assert f"validator halted: ledger position 3 changed: it held a message of SHA-256 {'00' * 32}" in told
+        with sqlite3.connect(made.folder / one / "replica.db") as db:
+            frame = made.fleet.messages[2]
+            db.execute("UPDATE frames SET digest = ? WHERE position = 3", (digest_of(frame),))
+            db.execute("INSERT INTO frames VALUES (99, ?, 0, 0, 0)", (bytes(32),))
+        db.close()
+        code, told = await ended(await launch(made, one))
+        assert code == 3 and "is missing: the replica holds 99 positions, the engine only" in told
+
+
+async def launch(made: Site, name: str) -> asyncio.subprocess.Process:
+    """A validator's process without a supervisor."""
+    command = [sys.executable, "-X", "faulthandler", "-m", "bmoe.ledger.validator", *made.arguments(name)]
+    return await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+
+
+async def ended(process: asyncio.subprocess.Process) -> tuple[int | None, str]:
+    """Exit code and stderr of a process that must end by itself."""
+    telling = asyncio.ensure_future(process.communicate())
+    done, _ = await asyncio.wait({telling}, timeout=PATIENCE)
+    if not done:
+        process.send_signal(signal.SIGABRT)
+    _, told = await telling
+    assert done, f"did not end within {PATIENCE} s: {told.decode()}"
+    return process.returncode, told.decode()
+
+
+@contextlib.asynccontextmanager
+async def running(made: Site, name: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A validator's process that SIGTERM must end with code 0."""
+    process = await launch(made, name)
+    try:
+        yield process
+        process.terminate()
+        code, told = await ended(process)
+        assert code == 0, told
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def test_complaint_of_a_dropped_agent_brings_the_verdict_down(tmp_path: Path, authority: Authority) -> None:
+    """Two liars outvote in a verdict that leaves the honest third out; the gateway withholds its evidence as well."""
+    async with site(tmp_path / "state", authority) as made:
+        fleet, one = made.fleet, VALIDATORS[0]
+        task = fleet.open_task()
+        liars = [fleet.output(a, task, toy(task.x) + 1) for a in fleet.agents[:2]]
+        honest = fleet.output("agent-3", task)
+        fleet.decide(task, liars)
+        await made.flush()
+        parts = [fleet.task_message(task, "agent-3"), honest.message]
+        header = Complaint(**fleet.common("agent-3", 7), task=task.task, reason="missing")
+        complaint = seal_message(fleet.signers["agent-3"], header, parts)
+        anchor = Anchor(fleet.ledger, fleet.epoch, fleet.origin, fleet.registrar.public_key)
+        stream = await LedgerStream.connect(made.access(one), one)
+        gateway = f"https://127.0.0.1:{made.kept.port}"
+        settings = Settings(
+            one, made.folder / one, anchor, fleet.signers[one], made.access(one), gateway, None, Rates(0, 0)
+        )
+        validator, ready = Validator(settings, stream), asyncio.Event()
+        running = asyncio.create_task(validator.run(ready))
+        await asyncio.wait_for(ready.wait(), PATIENCE)
+        assert validator.checks is not None
+        complaints = Complaints(validator.state, validator.author, validator.checks)
+        worker = asyncio.create_task(complaints.work_for_ever(validator.follower.changed))
+        for topic in ("bmoe/v1/agent-1/complaint", *["bmoe/v1/agent-3/complaint"] * 9, "bmoe/v1/stranger/complaint"):
+            complaints.on_message(topic, complaint)
+        complaints.on_message("bmoe/v1/agent-3/complaint", b"garbage")
+        state = await made.sees(lambda s: s.claims.get((task.task, "agent-1")) == {one})
+        assert state.complaints == {(task.task, "agent-3")}
+        assert state.claims[(task.task, "agent-2")] == {one}
+        assert state.agents["agent-1"].standing is Standing.PROBATION, "one validator of two is no quorum"
+        assert f"/v1/evidence/{task.task.hex()}" not in made.kept.asked
+        for background in (worker, running):
+            background.cancel()
+        await asyncio.gather(worker, running, return_exceptions=True)
+        await stream.close()
