@@ -54,10 +54,27 @@ class Presence:
     seen: float = 0.0
     load: int = 0
     status: Status | None = None
+    latest: int = 0
+    earlier: int = 0
     health: Health | None = None
     suspected_until: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     kept: deque[float] = field(default_factory=lambda: deque(maxlen=EVIDENCE_A_MINUTE))
+
+    def take(self, status: Status) -> bool:
+        """Fold a status in by its author's sequence; False for one that is out of date.
+
+        A last will is signed before its connection is, so its number is smaller than that of the birth which it ends:
+        it counts unless it is older than the birth before that one. `latest` and `earlier` are those two.
+        """
+        newest = self.earlier + 1 if status.state == "lost" else self.latest
+        if status.seq < newest:
+            return False
+        if status.state == "online" and status.seq > self.latest:
+            self.earlier = self.latest
+        self.latest = max(self.latest, status.seq)
+        self.online, self.status = status.state == "online", status
+        return True
 
     def may_keep(self, now: float) -> bool:
         """Whether one more refused message of this agent may be kept as evidence: a liar must not fill the disk."""

@@ -242,8 +242,7 @@ class Gateway:
         elif isinstance(header, Refusal):
             self.decider.on_refusal(device, header.task, header.reason, header.detail)
         elif isinstance(header, Status):
-            if presence.status is None or header.seq >= presence.status.seq:
-                presence.online, presence.status = header.state == "online", header
+            if presence.take(header):
                 log.info("agent_status", agent=device, state=header.state)
         else:
             presence.health = header

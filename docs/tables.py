@@ -9,11 +9,11 @@ import dataclasses
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bmoe.ledger.rules.entries import ENTRIES, RESERVED
+from bmoe.ledger.rules.entries import ENTRIES, RESERVED, Entry
 from bmoe.ledger.rules.policies import POLICIES
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import MESSAGES, Refusal, seal_message
@@ -99,13 +99,19 @@ def limits(constants: Iterable[tuple[str, str, str]]) -> str:
     return table(("constant", "value", "meaning", "in"), rows)
 
 
-def types(kinds: dict[int, type[Header]]) -> str:
-    """Type numbers."""
-    rows = ((str(n), f"`{c.__name__}`", f"`{c.CONTEXT}`", _first_sentence(c)) for n, c in sorted(kinds.items()))
+def message_types() -> str:
+    """Type numbers of messages, with what the signature binds."""
+    rows = ((str(n), f"`{c.__name__}`", f"`{c.CONTEXT}`", _first_sentence(c)) for n, c in sorted(MESSAGES.items()))
     return table(("type", "name", "context", "meaning"), rows)
 
 
-def fields(kinds: dict[int, type[Header]], common: type[Header]) -> str:
+def entry_types() -> str:
+    """Type numbers of entries, which carry no signature of their own."""
+    rows = ((str(n), f"`{c.__name__}`", _first_sentence(c)) for n, c in sorted(ENTRIES.items()))
+    return table(("type", "name", "meaning"), rows)
+
+
+def fields(kinds: Mapping[int, type[Header]], common: type[Header]) -> str:
     """The header keys of each type, without those that all share."""
     shared = {field.name for field in dataclasses.fields(common)}
     rows = []
@@ -147,10 +153,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "gateway-limits": lambda: limits(GATEWAY_LIMITS),
     "ledger-limits": lambda: limits(LEDGER_LIMITS),
     "policies": policies,
-    "message-types": lambda: types(MESSAGES),
+    "message-types": message_types,
     "message-fields": lambda: fields(MESSAGES, Header),
-    "entry-types": lambda: types(ENTRIES),  # type: ignore[arg-type]
-    "entry-fields": lambda: fields(ENTRIES, Header),  # type: ignore[arg-type]
+    "entry-types": entry_types,
+    "entry-fields": lambda: fields(ENTRIES, Entry),
     "reserved-types": lambda: table(("type", "kept for"), ((str(n), word) for n, word in RESERVED.items())),
     "example": example,
 }

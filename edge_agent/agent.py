@@ -233,16 +233,20 @@ class Agent:
     async def _expert(self, admitted: Admitted) -> Served | Refused:
         task = admitted.task
         patience_s = max(0.001, (task.deadline_ms - _now_ms()) / 1000)
+        fetching = asyncio.ensure_future(self.experts.get(task.expert))
         try:
-            return await asyncio.wait_for(self.experts.get(task.expert), patience_s)
-        except asyncio.TimeoutError:
-            return Refused(task.task, "busy", "the expert is still being fetched")
+            await asyncio.wait({fetching}, timeout=patience_s)
+            if not fetching.done():
+                return Refused(task.task, "busy", "the expert is still being fetched")
+            return fetching.result()
         except TooLargeError as error:
             return _refused(task.task, "too-large", error)
         except RefusedError as error:
             return _refused(task.task, "unknown-expert", error)
         except BmoeError as error:
             return _refused(task.task, "failed", error)
+        finally:
+            fetching.cancel()
 
     async def _keep(self, admitted: Admitted, signed: SignedOutput) -> SignedOutput | Refused:
         """Make the output durable; nothing is published before."""

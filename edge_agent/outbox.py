@@ -56,6 +56,7 @@ class Outbox:
         self._waiting: dict[bytes, tuple[int, bytes, asyncio.Future[None]]] = {}
         self._marks: list[bytes] = []
         self._flushing: asyncio.Task[None] | None = None
+        self._closed = False
         self.floor_ms = 0
         try:
             self._pool.submit(self._open).result()
@@ -106,7 +107,10 @@ class Outbox:
             await self._settle(gone, {})
 
     async def close(self) -> None:
-        """Write what waits, then close the file."""
+        """Write what waits, then close the file. Doing it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if self._flushing is not None:
             await self._flushing
         if self._marks:
@@ -186,6 +190,8 @@ class Outbox:
         lost = False
         try:
             self._db = _connect(self._path)
+        except sqlite3.OperationalError:
+            raise  # locked, not permitted, of another schema: there is nothing wrong with the content
         except sqlite3.DatabaseError as error:
             # Start anew, but admit nothing that the lost file may have answered: two outputs for a task are perjury.
             lost = True

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from bmoe.ledger.ending import end
 from bmoe.ledger.rules.entries import Entry
 from bmoe.ledger.rules.frames import NO_FRAME, build_frame, parse_frame
 from bmoe.ledger.stream import LedgerStream, message_id
@@ -65,9 +66,7 @@ class FrameAuthor:
 
     async def stop(self) -> None:
         """Stop appending; entries still waiting fail with UnavailableError."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
         while self._waiting:
             _fail(self._waiting.popleft(), UnavailableError(f"{self.name} stopped before the entry was appended"))
 

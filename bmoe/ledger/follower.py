@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from bmoe.ledger.ending import end
 from bmoe.ledger.rules.frames import parse_frame
 from bmoe.ledger.rules.state import Applied, State, apply_message
 from bmoe.ledger.stream import LedgerStream, StreamMessage
@@ -41,9 +42,7 @@ class Follower:
 
     async def stop(self) -> None:
         """Stop following."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        await end(self._task)
 
     async def reached(self, position: int, timeout_s: float | None = None) -> None:
         """Wait until the message at `position` is folded; raises the follower's own error if it has died."""

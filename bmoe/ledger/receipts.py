@@ -1,7 +1,8 @@
 """Receipts on request: a validator puts together, from its replica, what an auditor needs, and answers over NATS.
 
-Request to `ledger.receipt.<validator>`: JSON {"task": hex} or {"request": hex}, with "size" to meet other validators'
-cosignatures on one checkpoint. Reply: the receipt's text, or JSON {"error": "one clear line"}.
+Request to `ledger.receipt.<validator>`: JSON {"task": hex} or {"request": hex}; with "size" to meet other validators'
+cosignatures on one checkpoint, and "wait_ms" (at most 5000) to hear sooner that there is none yet.
+Reply: the receipt's text, or JSON {"error": "one clear line"}.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from nats.aio.client import Client
@@ -16,6 +18,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from bmoe.ledger.cosign import Cosigner
+from bmoe.ledger.ending import end
 from bmoe.ledger.rules.entries import Answer, Verdict, parse_entry
 from bmoe.ledger.rules.outputs import Binding, parse_output
 from bmoe.ledger.rules.receipt_format import MAX_OPENINGS_BYTES, Evidence, Support, format_receipt
@@ -26,7 +29,7 @@ from bmoe.protocol.errors import BmoeError, InputError, LedgerError, MessageErro
 log = logging.getLogger("bmoe.validator")
 
 SUBJECT = "ledger.receipt"
-WAIT_S = 5.0
+WAIT_MS = 5000
 REQUEST_BYTES = 1024
 ASKED_AT_ONCE = 64
 
@@ -100,7 +103,7 @@ def _openings(store: Store, entry: Any, verdicts: list[Verdict]) -> tuple[bytes,
 
 
 class ReceiptService:
-    """Answers requests for receipts, each within WAIT_S, at most ASKED_AT_ONCE together."""
+    """Answers requests for receipts, each within WAIT_MS, at most ASKED_AT_ONCE together."""
 
     def __init__(self, name: str, store: Store, state: State, cosigner: Cosigner) -> None:
         self._name, self._store, self._state, self._cosigner = name, store, state, cosigner
@@ -112,9 +115,7 @@ class ReceiptService:
 
     async def stop(self) -> None:
         """Give up what is still being answered."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end(*self._tasks)
 
     async def _on_request(self, message: Msg) -> None:
         if len(self._tasks) >= ASKED_AT_ONCE:
@@ -126,36 +127,49 @@ class ReceiptService:
 
     async def _answer(self, message: Msg) -> None:
         try:
-            kind, name, size = _parse(message.data)
-            reply = (await self._receipt(kind, name, size)).encode()
+            reply = (await self._receipt(_parse(message.data))).encode()
         except asyncio.TimeoutError:
-            reply = _error(f"not under a cosigned checkpoint within {WAIT_S:g} s")
+            reply = _error("not under a cosigned checkpoint yet: ask again later")
         except BmoeError as error:
             reply = _error(str(error))
         await _reply(message, reply)
 
-    async def _receipt(self, kind: str, name: bytes, size: int | None) -> str:
+    async def _receipt(self, asked: _Asked) -> str:
         def under() -> bool:
-            index, signed = self._store.find(kind, name), self._cosigner.signed
-            return index is not None and signed > index and (size is None or signed >= size)
+            index, signed = self._store.find(asked.kind, asked.name), self._cosigner.signed
+            return index is not None and signed > index and (asked.size is None or signed >= asked.size)
 
-        await self._cosigner.until(under, WAIT_S)
-        return make_receipt(self._store, self._state, kind, name, self._cosigner.signed if size is None else size)
+        if not under():
+            await self._cosigner.until(under, asked.wait_s)
+        size = self._cosigner.signed if asked.size is None else asked.size
+        return make_receipt(self._store, self._state, asked.kind, asked.name, size)
 
 
-def _parse(data: bytes) -> tuple[str, bytes, int | None]:
-    """(kind, id, size) of a request; raises MessageError."""
+@dataclass(frozen=True)
+class _Asked:
+    """A parsed request: "verdict" or "answer", its id, the size wanted if any, and how long to wait."""
+
+    kind: str
+    name: bytes
+    size: int | None
+    wait_s: float
+
+
+def _parse(data: bytes) -> _Asked:
+    """Raises MessageError for anything but the request that this file's first lines describe."""
     try:
         values: Any = json.loads(data) if len(data) <= REQUEST_BYTES else None
-        size = values.pop("size", None)
+        size, wait_ms = values.pop("size", None), values.pop("wait_ms", WAIT_MS)
         ((field, name),) = values.items()
         raw = bytes.fromhex(name)
         kind = {"task": "verdict", "request": "answer"}[field]
     except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
-        raise MessageError('a receipt is asked for with {"task": hex} or {"request": hex}, and "size"') from error
-    if len(raw) != 16 or not (size is None or (type(size) is int and size > 0)):
+        raise MessageError('a receipt is asked for with {"task": hex} or {"request": hex}') from error
+    if len(raw) != 16 or not (size is None or (type(size) is int and 0 < size < 2**63)):
         raise MessageError("a task or request id has 16 bytes, a size is a positive integer")
-    return kind, raw, size
+    if type(wait_ms) is not int or not 0 <= wait_ms <= WAIT_MS:
+        raise MessageError(f"wait_ms is an integer in 0..{WAIT_MS}")
+    return _Asked(kind, raw, size, wait_ms / 1000)
 
 
 def _error(text: str) -> bytes:

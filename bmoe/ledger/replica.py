@@ -18,6 +18,7 @@ from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.complaints import Complaints
 from bmoe.ledger.cosign import Cosigner, Ticker
+from bmoe.ledger.ending import end
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.receipts import ReceiptService
 from bmoe.ledger.refute import Reexecutor
@@ -113,9 +114,7 @@ class Validator:
             for task in done:
                 task.result()
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await end(*tasks)
             await self._stop(link)
 
     async def _catch_up(self) -> None:
@@ -130,7 +129,8 @@ class Validator:
         if not self.state.origin:
             log.info("waiting for genesis ledger=%s", self.settings.anchor.ledger.hex())
             await self.follower.changed(lambda: bool(self.state.origin))
-            await self.follower.reached(self.follower.position)
+            if not self.state.origin:
+                return  # the follower has died, and `run` tells why
         anchor, name = self.settings.anchor, self.settings.name
         if self.state.origin != anchor.origin:
             raise ConfigError(f"the ledger's origin is {self.state.origin!r}, expected {anchor.origin!r}")

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bmoe.ledger.ending import end
 from bmoe.ledger.replica import RETRY_S, Settings, Validator
 from bmoe.ledger.rules.trust import parse_anchor
 from bmoe.ledger.spotcheck import Rates
@@ -113,9 +114,7 @@ async def _run(settings: Settings) -> None:
         if running.done():
             running.result()
     finally:
-        for task in (stopping, running, telling):
-            task.cancel()
-        await asyncio.gather(stopping, running, telling, return_exceptions=True)
+        await end(stopping, running, telling)
 
 
 async def _serve(settings: Settings, ready: asyncio.Event) -> None:

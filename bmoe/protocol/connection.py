@@ -102,10 +102,11 @@ class Connection:
         if self.client.socket() is None:
             raise UnavailableError(f"connection lost: {self._detail or 'closed by the broker'}")
         self._attach()
-        try:
-            await asyncio.wait_for(self._connack, REPLY_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            raise UnavailableError(f"the broker sent no CONNACK within {REPLY_TIMEOUT_S:.0f} s") from None
+        # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the result.
+        answered, _ = await asyncio.wait({self._connack}, timeout=REPLY_TIMEOUT_S)
+        if not answered:
+            raise UnavailableError(f"the broker sent no CONNACK within {REPLY_TIMEOUT_S:.0f} s")
+        self._connack.result()
 
     async def subscribe(self, topics: dict[str, int]) -> None:
         """Ask for all topics and wait until each is granted. Raises UnavailableError otherwise."""

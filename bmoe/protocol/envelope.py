@@ -38,7 +38,9 @@ class Envelope:
         The key id must be this key's own, or whoever looks keys up by it would read another signer than we do.
         """
         if self.key_id != key_id(public_key):
-            raise EnvelopeError(f"bad signature: in the name of key {self.key_id.hex()}, not {key_id(public_key).hex()}")
+            raise EnvelopeError(
+                f"bad signature: in the name of key {self.key_id.hex()}, not {key_id(public_key).hex()}"
+            )
         signed = sig_structure(_PROTECTED + self.key_id, external_aad, self.payload)
         if not verify_ed25519(public_key, self.signature, signed):
             raise EnvelopeError(f"bad signature by key {self.key_id.hex()} for {external_aad.decode()}")

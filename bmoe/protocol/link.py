@@ -67,11 +67,14 @@ class Link:
 
     async def wait_up(self, timeout_s: float) -> None:
         """Wait for a connection. Raises UnavailableError with the reason why there is none yet."""
+        up = asyncio.ensure_future(self._up.wait())
         try:
-            await asyncio.wait_for(self._up.wait(), timeout_s)
-        except asyncio.TimeoutError:
+            await asyncio.wait({up}, timeout=timeout_s)
+        finally:
+            up.cancel()
+        if not self.connected:
             where = f"{self.settings.host}:{self.settings.port}"
-            raise UnavailableError(f"no link to {where} within {timeout_s:g} s: {self._reason}") from None
+            raise UnavailableError(f"no link to {where} within {timeout_s:g} s: {self._reason}")
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]:
         """Send a message. The future is done at the PUBACK for QoS 1, when the socket took it for QoS 0.

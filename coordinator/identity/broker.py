@@ -29,10 +29,19 @@ async def connected(
 ) -> AsyncIterator[Client]:
     """A connection as `user` ("callout" or "system"), renewed for ever; UnavailableError if there is none in 15 s."""
 
+    told = ""
+
     async def failed(error: Exception) -> None:
-        report("broker_connection_failed", user=user, reason=str(error) or type(error).__name__)
+        nonlocal told
+        reason = str(error) or type(error).__name__
+        if reason != told:  # the same fault returns five times a second for as long as the broker is away
+            told = reason
+            report("broker_connection_failed", user=user, reason=reason)
 
     async def reconnected() -> None:
+        nonlocal told
+        told = ""
+        report("broker_connection_renewed", user=user)
         on_reconnected()
 
     files = identity.tls("registrar")
@@ -48,7 +57,8 @@ async def connected(
                 nkeys_seed=str(identity.broker_keys.seed(user)),
                 error_cb=failed,
                 reconnected_cb=reconnected,
-                reconnect_time_wait=0.2,
+                # Soon: what connects to a new broker before us waits for the callout until its authorization time-out.
+                reconnect_time_wait=0.05,
                 max_reconnect_attempts=-1,
                 ping_interval=20,
             )

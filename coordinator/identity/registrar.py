@@ -31,7 +31,7 @@ from bmoe.storage.manifest import Model
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
-from coordinator.identity.admin import add_admin_routes
+from coordinator.identity.admin import Desk, add_admin_routes
 from coordinator.identity.broker import connected
 from coordinator.identity.callout import Callout
 from coordinator.identity.desk import LedgerDesk
@@ -159,7 +159,7 @@ class Registrar:
         )
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"
-        add_admin_routes(app, fleet, tokens, url, self.revoke, self.publish)
+        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, self.publish))
         return app
 
     async def _sweep_sessions(self) -> None:

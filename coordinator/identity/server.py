@@ -10,6 +10,7 @@ import base64
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,61 +64,63 @@ def make_app(fleet: Fleet) -> FastAPI:
     """The application, with devices' and validators' routes."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _on_http)  # type: ignore[arg-type]
-    app.add_exception_handler(BmoeError, _on_ours)  # type: ignore[arg-type]
+    app.add_exception_handler(BmoeError, _on_ours)
     app.add_exception_handler(ClientDisconnect, _on_ours)
     app.add_exception_handler(Exception, _on_fault)
     failures = Failures()
-
-    async def ca(request: Request) -> Response:
-        return Response(fleet.authority.pem, media_type="application/x-pem-file")
-
-    async def enrol(request: Request) -> Response:
-        return await _enrol(fleet, failures, request)
-
-    async def renew(request: Request) -> Response:
-        known = peer(fleet, request)
-        pem = (await read_json(request)).get("csr")
-        if not isinstance(pem, str):
-            raise MessageError("csr must be a certificate request in PEM")
-        certificate = fleet.enroller.renew(known, pem)
-        fleet.report("certificate_renewed", device=known.name)
-        return JSONResponse({"certificate": certificate.decode()})
-
-    async def members(request: Request) -> Response:
-        peer(fleet, request)
-        return JSONResponse({"members": _statements(fleet, None)})
-
-    async def release(request: Request) -> Response:
-        peer(fleet, request)
-        digest = request.path_params["digest"]
-        found = fleet.releases(bytes.fromhex(digest)) if is_hex_digest(digest) else None
-        return _found(found, "application/cose", f"no release {digest[:64]}")
-
-    async def blob(request: Request) -> Response:
-        peer(fleet, request)
-        return serve_blob(fleet.blobs, request.path_params["digest"], request)
-
-    async def evidence(request: Request) -> Response:
-        known = peer(fleet, request)
-        if known.role != "validator":
-            raise RefusedError(f"evidence is for validators, {known.name} is {known.role}")
-        task = request.path_params["task"]
-        if not is_hex_digest(task * 2):
-            raise MessageError("a task is named by 16 bytes in lower-case hex")
-        found = await asyncio.to_thread(fleet.evidence, bytes.fromhex(task))
-        return _found(found, "application/octet-stream", f"no evidence of task {task}")
-
     for path, method, handler in (
-        ("/v1/ca", "GET", ca),
-        ("/v1/enrol", "POST", enrol),
-        ("/v1/renew", "POST", renew),
-        ("/v1/members", "GET", members),
-        ("/v1/releases/{digest}", "GET", release),
-        ("/v1/blobs/{digest}", "GET", blob),
-        ("/v1/evidence/{task}", "GET", evidence),
+        ("/v1/ca", "GET", partial(_ca, fleet)),
+        ("/v1/enrol", "POST", partial(_enrol, fleet, failures)),
+        ("/v1/renew", "POST", partial(_renew, fleet)),
+        ("/v1/members", "GET", partial(_members, fleet)),
+        ("/v1/releases/{digest}", "GET", partial(_release, fleet)),
+        ("/v1/blobs/{digest}", "GET", partial(_blob, fleet)),
+        ("/v1/evidence/{task}", "GET", partial(_evidence, fleet)),
     ):
         app.add_route(path, handler, [method])
     return app
+
+
+async def _ca(fleet: Fleet, request: Request) -> Response:
+    return Response(fleet.authority.pem, media_type="application/x-pem-file")
+
+
+async def _renew(fleet: Fleet, request: Request) -> Response:
+    known = peer(fleet, request)
+    pem = (await read_json(request)).get("csr")
+    if not isinstance(pem, str):
+        raise MessageError("csr must be a certificate request in PEM")
+    certificate = fleet.enroller.renew(known, pem)
+    fleet.report("certificate_renewed", device=known.name)
+    return JSONResponse({"certificate": certificate.decode()})
+
+
+async def _members(fleet: Fleet, request: Request) -> Response:
+    peer(fleet, request)
+    return JSONResponse({"members": _statements(fleet, None)})
+
+
+async def _release(fleet: Fleet, request: Request) -> Response:
+    peer(fleet, request)
+    digest = request.path_params["digest"]
+    found = fleet.releases(bytes.fromhex(digest)) if is_hex_digest(digest) else None
+    return _found(found, "application/cose", f"no release {digest[:64]}")
+
+
+async def _blob(fleet: Fleet, request: Request) -> Response:
+    peer(fleet, request)
+    return serve_blob(fleet.blobs, request.path_params["digest"], request)
+
+
+async def _evidence(fleet: Fleet, request: Request) -> Response:
+    known = peer(fleet, request)
+    if known.role != "validator":
+        raise RefusedError(f"evidence is for validators, {known.name} is {known.role}")
+    task = request.path_params["task"]
+    if not is_hex_digest(task * 2):
+        raise MessageError("a task is named by 16 bytes in lower-case hex")
+    found = await asyncio.to_thread(fleet.evidence, bytes.fromhex(task))
+    return _found(found, "application/octet-stream", f"no evidence of task {task}")
 
 
 def peer(fleet: Fleet, request: Request) -> Known:

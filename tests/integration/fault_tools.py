@@ -21,7 +21,7 @@ from bmoe.protocol.errors import BmoeError, UnavailableError
 
 MODEL, INPUT, SHAPE = "wearable", "window", (1, 6, 100)
 CALL_S = 15.0  # the client's own patience: a call that takes so long is a call that hangs
-PAUSE_S = 0.05  # of a client that was just told to come later
+PAUSE_S = 0.1  # of a client between two calls
 POLL_S = 0.05  # where another process's state tells by no event
 MARKS = {
     "coordinator": "coordinator.service",
@@ -44,7 +44,7 @@ class Call:
 
 
 class Load:
-    """`async with Load(fleet) as load:` clients that ask without pause, each in turn for "committed" and "decided"."""
+    """`async with Load(fleet) as load:` clients that ask again and again, in turn for "committed" and "decided"."""
 
     def __init__(self, fleet: LocalFleet, clients: int = 3, waits: tuple[str, ...] = ("committed", "decided")) -> None:
         self._url, self._clients, self._waits = fleet.url, clients, waits
@@ -71,6 +71,7 @@ class Load:
     async def more(self, count: int, within_s: float) -> None:
         """Wait for `count` answers to calls that begin from now on."""
         now = time.monotonic()
+        print(f"{now:.2f} more {count}")
 
         def enough() -> bool:
             return sum(call.answer is not None and call.began >= now for call in self.calls) >= count
@@ -81,6 +82,11 @@ class Load:
         except asyncio.TimeoutError:
             last = [repr(call.error) for call in self.calls[-3:]]
             raise AssertionError(f"no {count} new answers within {within_s:g} s; the last calls: {last}") from None
+
+    async def flying(self, count: int) -> None:
+        """Wait for a moment when so many calls are under way."""
+        async with self._moved:
+            await self._moved.wait_for(lambda: self.in_flight >= count)
 
     def check(self, facts: LedgerFacts, longest_s: float = CALL_S) -> None:
         """Every call ended in time, with an answer or a clear error, and every answer is what the ledger says."""
@@ -100,15 +106,17 @@ class Load:
         while not self._stopping:
             wait, turn = self._waits[turn % len(self._waits)], turn + 1
             window = random.standard_normal(SHAPE).astype(np.float32)
-            self.in_flight += 1
+            await self._changed(+1)
             call = await asyncio.get_running_loop().run_in_executor(self._pool, _call, client, window, wait)
-            self.in_flight -= 1
             self.calls.append(call)
-            async with self._moved:
-                self._moved.notify_all()
-            if call.answer is None:
-                await asyncio.sleep(PAUSE_S)
+            await self._changed(-1)
+            await asyncio.sleep(PAUSE_S)
         client.close()
+
+    async def _changed(self, more: int) -> None:
+        async with self._moved:
+            self.in_flight += more
+            self._moved.notify_all()
 
 
 def _call(client: Client, window: np.ndarray, wait: str) -> Call:
@@ -159,6 +167,7 @@ async def until(holds: Callable[[], Awaitable[bool]], within_s: float, what: str
     while True:
         try:
             if await holds():
+                print(f"{time.monotonic():.2f} {what}")
                 return
         except BmoeError:
             pass

@@ -58,7 +58,8 @@ class Site:
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         registrar = Registrar(load_settings(state=self.state), self._report)
         self._running = asyncio.create_task(registrar.run(self._stop, ready.set_result))
-        await asyncio.wait({self._running, ready}, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        waiting: set[asyncio.Future[Any]] = {self._running, ready}
+        await asyncio.wait(waiting, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
         if self._running.done():
             self._running.result()
         await asyncio.wait_for(ready, 0)
@@ -198,7 +199,7 @@ class Peer:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self.link.stop()
+        await asyncio.wait_for(self.link.stop(), PATIENCE)
 
 
 @contextlib.asynccontextmanager

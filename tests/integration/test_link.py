@@ -235,13 +235,13 @@ async def test_a_host_that_swallows_packets_does_not_block_the_loop(broker: Brok
 
 
 async def test_a_broker_that_stops_answering_is_given_up(broker: Broker, peers: Callable[..., Peer]) -> None:
-    one = peers("one", keepalive_s=1)
+    one = peers("one", keepalive_s=2, connect_timeout_s=1.0)
     await up(one)
     assert broker.process is not None
     broker.process.send_signal(19)
     unanswered = one.link.publish("bmoe/v1/one/output", b"x", qos=1)
     with pytest.raises(UnavailableError, match=r"does not answer|acknowledged nothing"):
-        await asyncio.wait_for(unanswered, 5)
+        await asyncio.wait_for(unanswered, 10)
     broker.process.send_signal(18)
     await one.until(lambda: one.link.connected)
 

@@ -171,12 +171,11 @@ class Site:
         await self.supervisor.start(Child(name, command, self.folder / f"{name}.log", env=env))
 
     async def ask(self, validator: str, **question: Any) -> str:
-        reply = await self.writers["coordinator"].client.request(
-            f"ledger.receipt.{validator}", json.dumps(question).encode(), timeout=8
-        )
-        return read_reply(reply.data)
+        asked = json.dumps({"wait_ms": 2000, **question}).encode()
+        client = self.writers["coordinator"].client
+        return read_reply((await client.request(f"ledger.receipt.{validator}", asked, timeout=3)).data)
 
-    async def receipt(self, **question: Any) -> str:
+    async def whole_receipt(self, **question: Any) -> str:
         """One receipt with every validator's cosignature."""
         first = await self.ask(VALIDATORS[0], **question)
         size = parse_checkpoint(parse_note(first.partition("\n\n")[2]).text).size
@@ -237,7 +236,9 @@ async def test_validators_cosign_one_root_and_their_receipts_merge_across_a_kill
         (kind, fields), opening, result = made.fleet.answer([(task, outputs[0])])
         made.fleet.enter("coordinator", (kind, fields), attachments=[opening, outputs[0].opening])
         await made.flush()
-        audited = verify_receipt(await made.receipt(request=fields["request"].hex()), made.fleet.trust)
+        audited = verify_receipt(
+            await retried(lambda: made.whole_receipt(request=fields["request"].hex())), made.fleet.trust
+        )
         assert audited.result == (tensor_of("y", result),)
         assert [name for name, _ in audited.cosigned] == list(VALIDATORS)
         await made.sees(lambda state: state.size >= audited.size)
@@ -245,13 +246,17 @@ async def test_validators_cosign_one_root_and_their_receipts_merge_across_a_kill
         note = parse_note((await live.next_msg(timeout=PATIENCE)).data)
         key = next(k for k in made.fleet.trust.validators if k.name == note.signatures[0].name)
         assert verify_cosignature(note, key) > 0
-        with pytest.raises(UnavailableError, match=r"not under a cosigned checkpoint|no verdict"):
-            await made.ask(VALIDATORS[0], task=bytes(16).hex(), size=1)
+        with pytest.raises(UnavailableError, match="not under a cosigned checkpoint yet"):
+            await made.ask(VALIDATORS[0], task=bytes(16).hex(), wait_ms=50)
+        with pytest.raises(UnavailableError, match="no cosigned checkpoint of size 14 is kept here"):
+            await made.ask(VALIDATORS[0], task=task.task.hex(), size=14)
+        with pytest.raises(UnavailableError, match="asked for with"):
+            await made.ask(VALIDATORS[0], tusk=task.task.hex())
 
         os.kill(made.supervisor.pids()[VALIDATORS[0]], signal.SIGKILL)
         later, _ = await made.decide({})
         await made.sees(lambda state: later.task in state.closed)
-        text = await retried(lambda: made.receipt(task=later.task.hex()))
+        text = await retried(lambda: made.whole_receipt(task=later.task.hex()))
         again = verify_receipt(text, made.fleet.trust)
         assert again.size > audited.size
         await made.sees(lambda state: state.size >= again.size)
@@ -293,8 +298,8 @@ async def test_false_verdict_becomes_a_rejected_leaf_and_liars_are_refuted(
         assert lie.task in state.open and lie.task not in state.closed
         where = next(i for i, leaf in enumerate(made.leaves) if isinstance(parse_entry(leaf), Rejected))
         with pytest.raises(UnavailableError, match="not under a cosigned checkpoint"):
-            await made.ask(VALIDATORS[0], task=lie.task.hex())
-        audited = verify_receipt(await made.receipt(task=task.task.hex()), made.fleet.trust)
+            await made.ask(VALIDATORS[0], task=lie.task.hex(), wait_ms=100)
+        audited = verify_receipt(await retried(lambda: made.whole_receipt(task=task.task.hex())), made.fleet.trust)
         assert audited.size > where and audited.root == merkle_root(made.leaves[: audited.size])
 
         # A validator that comes back later verifies the lie again, and lands on the same leaves.

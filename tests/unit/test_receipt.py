@@ -270,9 +270,9 @@ def test_receipt_of_a_rejected_entry_says_so(ledger: Ledger) -> None:
     fleet = ledger.fleet
     common = {**fleet.common("coordinator", 9), "time_ms": fleet.now_ms}
     leaf = Rejected(**common, digest=bytes(32), reason="false").to_bytes()
-    with pytest.raises(ProofError, match="step 1 .*an entry by coordinator was rejected: false"):
+    with pytest.raises(ProofError, match=r"step 1 .*an entry by coordinator was rejected: false"):
         verify_receipt(forged(ledger, leaf, text), fleet.trust)
-    with pytest.raises(ProofError, match="step 1 .*found Tick"):
+    with pytest.raises(ProofError, match=r"step 1 .*found Tick"):
         fleet.tick("validator-1")
         verify_receipt(forged(ledger, fleet.leaves[-1], text), fleet.trust)
 

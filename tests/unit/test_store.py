@@ -80,7 +80,7 @@ def test_one_root_a_size_and_sizes_only_grow(tmp_path: Path) -> None:
     size = append(store)
     ((_, root),) = store.commit()
     store.promise(size, root)
-    with pytest.raises(LedgerForkError, match="size 3 was promised with root .* never sign both"):
+    with pytest.raises(LedgerForkError, match=r"size 3 was promised with root .* never sign both"):
         store.promise(size, bytes(32))
     with pytest.raises(LedgerForkError, match="size 2 comes after size 3"):
         store.promise(2, bytes(32))
@@ -106,7 +106,7 @@ def test_message_changed_at_a_replayed_position_is_a_fork_with_both_digests(tmp_
     held = store.held(1, message(1))
     assert held is not None and held.leaves == (leaf(0), leaf(1)) and held.rejected
     assert store.held(2, message(2)) is None
-    with pytest.raises(LedgerForkError, match="position 1 changed: it held a message of SHA-256 [0-9a-f]{64}, .* now"):
+    with pytest.raises(LedgerForkError, match=r"position 1 changed: it held a message of SHA-256 [0-9a-f]{64}, .* now"):
         store.held(1, b"another")
 
 

@@ -65,7 +65,7 @@ def combine(rule: str, choices: Choices, outputs: Sequence[Sequence[Tensor]], ba
     if rule != "weighted_sum":
         raise MessageError(f"combine rule {rule!r} is not known here")
     # A task that no choice names could lend its names and types to an answer that its expert has no part in.
-    if set(np.unique(choices.task_index).tolist()) != set(range(len(outputs))):
+    if not outputs or set(np.unique(choices.task_index).tolist()) != set(range(len(outputs))):
         raise MessageError(f"the choices must name each of the {len(outputs)} tasks, and no other")
     if any(len(o) != len(outputs[0]) for o in outputs):
         raise MessageError(f"the tasks differ in how many tensors they hold: {[len(o) for o in outputs]}")
@@ -99,7 +99,7 @@ def _weighted(choices: Choices, parts: Sequence[Tensor], batch: bool) -> Tensor:
 
 
 def _check_alike(parts: Sequence[Tensor], batch: bool, rows: int) -> None:
-    if batch and any(not p.dims for p in parts) or not batch and rows != 1:
+    if any(not p.dims for p in parts) if batch else rows != 1:
         raise MessageError("without a batch axis an answer has one row, with one every tensor has axis 0")
     alike = {(p.name, p.dtype, tuple(p.dims[1 if batch else 0 :])) for p in parts}
     if len(alike) > 1:

@@ -1,0 +1,59 @@
+"""Agents that agree on a lie: found out by re-execution, however many they are; outvoting proves nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from live_fleet import LiveFleet
+
+from benchmarks.fleet import AgentSpec
+from bmoe.ledger.rules.standing import Standing
+
+pytestmark = pytest.mark.asyncio(loop_scope="session")
+
+REQUESTS_MAX = 40
+
+
+def colluders(name: str, count: int) -> list[AgentSpec]:
+    """Agents of different owners that all tell the same lie."""
+    return [AgentSpec(f"{name}-{i}", f"{name}-owner-{i}", "collude", ("--seed", "3")) for i in range(1, count + 1)]
+
+
+async def ask_until_caught(fleet: LiveFleet, liars: list[AgentSpec]) -> int:
+    """Ask with the default policy until every liar is out of service; how many answers that took, all of them right."""
+    for asked in range(1, REQUESTS_MAX + 1):
+        await fleet.answers_right()
+        standings = [await fleet.standing_of(liar.name) for liar in liars]
+        if set(standings) <= {"quarantined", "revoked"}:
+            return asked
+    raise AssertionError(f"after {REQUESTS_MAX} requests the liars are {standings}")
+
+
+async def test_two_of_six_that_collude_are_put_out_of_service_and_no_answer_is_wrong(fleet: LiveFleet) -> None:
+    liars = colluders("pair", 2)
+    async with fleet.agents(*liars):
+        await ask_until_caught(fleet, liars)
+        for liar in liars:
+            await fleet.logged("coordinator", "output_contradicted", agent=liar.name)
+            await fleet.logged("coordinator", "refuted", member=liar.name)
+        facts = await fleet.unharmed()
+    for liar in liars:
+        assert facts.outputs_of(liar.name), "what convicts it stands on the ledger, signed by itself"
+        assert facts.state.standing(liar.name) in (Standing.QUARANTINED, Standing.REVOKED)
+        assert facts.state.agents[liar.name].refutations >= 1
+
+
+async def test_a_colluding_majority_outvotes_the_honest_and_yet_the_referee_answers_right(fleet: LiveFleet) -> None:
+    """Five of nine lie alike: beyond the 50 % that the vote of all, the paper's scheme, can bear."""
+    liars = colluders("gang", 5)
+    async with fleet.agents(*liars):
+        outvoted = await fleet.ask("full")
+        said, true = outvoted.outputs["probabilities"].argmax(axis=1), fleet.truth.argmax(axis=1)
+        assert not np.any(said == true), "the vote of all was not outvoted: this test shows nothing"
+        for name in fleet.honest:  # in the minority, and that is no evidence against them
+            assert (await fleet.gateway.agent(name))["refutations"] == 0
+        await ask_until_caught(fleet, liars)
+        facts = await fleet.unharmed()  # the vote of all is right again: nobody who lies has one
+    for task in map(bytes.fromhex, outvoted.verdicts):
+        assert facts.verdicts[task].policy == "full" and facts.verdicts[task].outcome == "accepted"
+        assert {liar.name for liar in liars} <= set(facts.verdicts[task].assigned)

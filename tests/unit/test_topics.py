@@ -1,0 +1,44 @@
+"""Topics: one folder a device; whatever is not exactly one of ours is refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmoe.protocol.errors import MessageError
+from bmoe.protocol.topics import DOWN, UP, every_device, parse_topic, topic
+
+
+def test_topics_are_these() -> None:
+    assert topic("agent-1", "task") == "bmoe/v1/agent-1/task"
+    assert every_device("output") == "bmoe/v1/+/output"
+    assert (DOWN, UP) == (("task", "notice"), ("output", "refusal", "status", "health", "complaint"))
+
+
+@pytest.mark.parametrize("channel", [*DOWN, *UP])
+def test_what_we_name_we_read(channel: str) -> None:
+    assert parse_topic(topic("agent-1", channel)) == ("agent-1", channel)
+
+
+WRONG = ["", "bmoe/v1", "bmoe/v1/agent-1", "bmoe/v1/agent-1/", "bmoe/v2/agent-1/task", "/bmoe/v1/agent-1/task"]
+WRONG += ["bmoe/v1/agent-1/task/", "bmoe/v1/+/task", "bmoe/v1/#", "bmoe/v1/agent.1/task", "bmoe/v1/agent 1/task"]
+WRONG += ["bmoe/v1/agent-1/order", "bmoe/v1//task", "bmoe/v1/a/b/task", "bmoe/v1/agent-1/task\n", "BMOE/v1/a/task"]
+
+
+@pytest.mark.parametrize("value", WRONG)
+def test_any_other_topic_is_refused(value: str) -> None:
+    with pytest.raises(MessageError, match="is not bmoe/v1/DEVICE/CHANNEL"):
+        parse_topic(value)
+
+
+@given(st.text(max_size=80))
+def test_no_text_does_worse_than_be_refused(value: str) -> None:
+    with pytest.raises(MessageError):
+        parse_topic(value)
+
+
+def test_a_topic_of_a_megabyte_gives_a_short_error() -> None:
+    with pytest.raises(MessageError) as caught:
+        parse_topic("x" * 1_000_000)
+    assert len(str(caught.value)) < 200
