@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import structlog
-import uvicorn
 
 from bmoe.protocol.errors import BmoeError
 from coordinator.api import build_api
@@ -18,6 +17,7 @@ from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
 from coordinator.gateway import Gateway
 from coordinator.logs import set_up_logs
+from coordinator.serving import serving
 
 log = structlog.get_logger("service")
 
@@ -28,36 +28,22 @@ async def serve(state: Path) -> None:
     ports = read_ports(state)
     gateway = Gateway(settings, ports)
     await gateway.start()
-    config = uvicorn.Config(
-        build_api(gateway),
-        host=settings.api_host,
-        port=ports["api"],
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=5,
-        lifespan="off",
-    )
-    server = uvicorn.Server(config)
-    serving = asyncio.ensure_future(_serve_api(server))
     loop = asyncio.get_running_loop()
-    stopping = loop.create_future()
+    stopping: asyncio.Future[None] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _set, stopping)
-    while not server.started and not serving.done():  # noqa: ASYNC110 (uvicorn tells it by no event)
-        await asyncio.sleep(0.01)
-    notify_ready(port=ports["api"])
-    log.info("serving", host=settings.api_host, port=ports["api"], models=gateway.catalogue.names())
-    await asyncio.wait([serving, stopping, gateway.dead], return_when=asyncio.FIRST_COMPLETED)
-    server.should_exit = True
-    await asyncio.gather(serving, return_exceptions=True)
-    await gateway.stop()
+    try:
+        api = build_api(gateway)
+        async with serving(
+            api, settings.api_host, ports["api"], connections_max=settings.requests_waiting + 64
+        ) as port:
+            notify_ready(port=port)
+            log.info("serving", host=settings.api_host, port=port, models=gateway.catalogue.names())
+            await asyncio.wait([stopping, gateway.dead], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await gateway.stop()
     if gateway.dead.done():
         gateway.dead.result()
-
-
-async def _serve_api(server: uvicorn.Server) -> None:
-    """uvicorn without its own signal handling: this process answers signals itself."""
-    await server._serve()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,23 +1,21 @@
-"""uvicorn inside our event loop, over TLS with an optional client certificate that the application gets to see."""
+"""The fleet server's TLS: a client certificate is optional, and the application gets to see it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from typing import Any
 
-import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from bmoe.protocol.errors import ConfigError
 from coordinator.embedded.nats_server import TlsFiles
+from coordinator.serving import serving
 
 CONNECTIONS_MAX = 256
 REQUEST_S = 15.0  # from the connection to its first complete request head
-STOP_S = 3
 
 
 def server_tls(files: TlsFiles) -> ssl.SSLContext:
@@ -52,46 +50,9 @@ class PeerProtocol(H11Protocol):
             self.transport.abort()
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config) -> None:
-        super().__init__(config)
-        self.ready = asyncio.Event()
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.ready.set()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield  # signals are the process's business
-
-
 @contextlib.asynccontextmanager
-async def serving(app: Any, host: str, port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
-    """Serve `app` until the block is left; gives the port. Raises ConfigError where the address cannot be bound."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-    config = uvicorn.Config(
-        app, http=PeerProtocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        limit_concurrency=CONNECTIONS_MAX, timeout_keep_alive=5, timeout_graceful_shutdown=STOP_S,
-        proxy_headers=False,  # or callers from loopback could name any address as theirs
-    )  # fmt: skip
-    config.load()
-    config.ssl = context
-    server = _Server(config)
-    running = asyncio.create_task(server.serve([listener]), name="fleet-https")
-    ready = asyncio.create_task(server.ready.wait())
-    try:
-        await asyncio.wait({running, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            running.result()
-            raise ConfigError(f"the HTTPS server on {host} port {port} ended at once")
-        yield int(listener.getsockname()[1])
-    finally:
-        ready.cancel()
-        server.should_exit = True
-        await asyncio.gather(running, return_exceptions=True)
-        listener.close()
+async def fleet_serving(app: Any, host: str, port: int, context: ssl.SSLContext) -> AsyncIterator[int]:
+    """Serve `app` over TLS until the block is left, each request knowing its peer's certificate; gives the port."""
+    limit = CONNECTIONS_MAX
+    async with serving(app, host, port, connections_max=limit, context=context, protocol=PeerProtocol) as bound:
+        yield bound

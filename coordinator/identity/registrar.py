@@ -38,7 +38,7 @@ from coordinator.identity.desk import LedgerDesk
 from coordinator.identity.directory import Directory
 from coordinator.identity.enrol import Enroller
 from coordinator.identity.founding import missing_entries
-from coordinator.identity.https import server_tls, serving
+from coordinator.identity.https import fleet_serving, server_tls
 from coordinator.identity.infrastructure import ADMIN, SERVER, Identity, open_identity
 from coordinator.identity.jwt import Issuer
 from coordinator.identity.kick import Kicker
@@ -76,7 +76,7 @@ class Registrar:
             await self._open_broker(stack, ports["broker.client"])
             app = self._application(stack, ports["broker.mqtt"], ports["fleet"])
             context = server_tls(self.identity.tls(SERVER))
-            on_ready(await stack.enter_async_context(serving(app, self.settings.host, ports["fleet"], context)))
+            on_ready(await stack.enter_async_context(fleet_serving(app, self.settings.host, ports["fleet"], context)))
             tasks = {asyncio.create_task(self._sweep_sessions()), asyncio.create_task(stop.wait())}
             for task in tasks:
                 stack.callback(task.cancel)

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from certs import issue, make_authority
-from fault_tools import until
 from identity_fleet import Peer
-from live_fleet import PATIENCE_S, Board, LiveFleet, honest_values, lie, read_task
+from live_fleet import PATIENCE_S, Board, LiveFleet, honest_values, lie
 
 from benchmarks.fleet import AgentSpec
 from benchmarks.processes import finish, program, spawn

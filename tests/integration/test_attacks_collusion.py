@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from live_fleet import LiveFleet
+from live_fleet import NEAR, LiveFleet, model_answer
 
+from benchmarks.dishonest import collude
 from benchmarks.fleet import AgentSpec
 from bmoe.ledger.rules.standing import Standing
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 REQUESTS_MAX = 40
+SEED = 3
 
 
 def colluders(name: str, count: int) -> list[AgentSpec]:
     """Agents of different owners that all tell the same lie."""
-    return [AgentSpec(f"{name}-{i}", f"{name}-owner-{i}", "collude", ("--seed", "3")) for i in range(1, count + 1)]
+    return [AgentSpec(f"{name}-{i}", f"{name}-owner-{i}", "collude", ("--seed", str(SEED))) for i in range(1, count + 1)]
 
 
 async def ask_until_caught(fleet: LiveFleet, liars: list[AgentSpec]) -> int:
@@ -48,8 +50,9 @@ async def test_a_colluding_majority_outvotes_the_honest_and_yet_the_referee_answ
     liars = colluders("gang", 5)
     async with fleet.agents(*liars):
         outvoted = await fleet.ask("full")
-        said, true = outvoted.outputs["probabilities"].argmax(axis=1), fleet.truth.argmax(axis=1)
-        assert not np.any(said == true), "the vote of all was not outvoted: this test shows nothing"
+        lie = model_answer(fleet.windows, lambda true: collude(true, SEED))
+        assert np.allclose(outvoted.outputs["probabilities"], lie, atol=NEAR), "nobody was outvoted: this shows nothing"
+        assert (abs(lie - fleet.truth).max(axis=1) > 0.2).all()
         for name in fleet.honest:  # in the minority, and that is no evidence against them
             assert (await fleet.gateway.agent(name))["refutations"] == 0
         await ask_until_caught(fleet, liars)

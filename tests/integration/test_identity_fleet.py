@@ -26,7 +26,7 @@ from bmoe.protocol.topics import every_device, topic
 from coordinator.embedded.nats_server import TlsFiles
 from coordinator.embedded.supervisor import Child
 from coordinator.identity.authority import check_csr
-from coordinator.identity.https import server_tls, serving
+from coordinator.identity.https import fleet_serving, server_tls
 from edge_agent.identity import Identity as Board
 from edge_agent.join import join
 
@@ -83,7 +83,7 @@ async def test_gateway_with_another_ca_than_the_tokens_pin_is_refused_by_the_boa
         await send({"type": "http.response.body", "body": foreign.ca.read_bytes()})
 
     token = await site.token()
-    async with serving(ca, "127.0.0.1", 0, server_tls(TlsFiles(cert, key, foreign.ca))) as port:
+    async with fleet_serving(ca, "127.0.0.1", 0, server_tls(TlsFiles(cert, key, foreign.ca))) as port:
         with pytest.raises(RefusedError, match="this is another gateway, or somebody stands between"):
             gateway = f"https://127.0.0.1:{port}"
             await asyncio.to_thread(join, tmp_path / "board", token, name="pi-mitm", gateway=gateway, force=False)

@@ -82,13 +82,6 @@ def test_a_hostile_text_cannot_forge_a_log_line() -> None:
     assert "\n" not in event("x", detail="a\nevent=online\x1b[2J")
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from edge_agent.cli import main; main()", *arguments],
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
@@ -100,11 +93,11 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     ],
 )
 def test_a_wrong_command_gives_one_clear_line(
-    tmp_path: Path, arguments: tuple[str, ...], status: int, says: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], status: int, says: str
 ) -> None:
-    done = command(*(a.replace("STATE", str(tmp_path)) for a in arguments))
-    assert done.returncode == status and says in done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("bmoe-agent: ") and not done.stdout
+    assert cli.run_command([a.replace("STATE", str(tmp_path)) for a in arguments]) == status
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == 1 and err.startswith("bmoe-agent: ") and not out
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,8 +70,8 @@ asyncio.run(main())
 def test_a_killed_agent_has_every_output_that_it_may_have_published_and_never_repeats_a_number(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
     told: dict[int, int] = {}
-    for _ in range(3):
-        child = subprocess.Popen([sys.executable, "-c", KILLED, path, str(len(told) + 100)], stdout=subprocess.PIPE)
+    for life in range(3):
+        child = subprocess.Popen([sys.executable, "-c", KILLED, path, str(life * 1_000_000)], stdout=subprocess.PIPE)
         assert child.stdout is not None
         for _ in range(20):
             number, seq = map(int, child.stdout.readline().split())

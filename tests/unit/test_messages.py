@@ -133,7 +133,7 @@ def test_health_and_status_hold_what_boards_can_tell() -> None:
         answered=0, refused=0, unreported=0,
     )  # fmt: skip
     assert from_bytes(Health, health.to_bytes()) == health
-    with pytest.raises(MessageError, match="cpu_percent must be an integer in 0..100, found 101"):
+    with pytest.raises(MessageError, match=r"cpu_percent must be an integer in 0\.\.100, found 101"):
         from_bytes(Health, dataclasses.replace(health, cpu_percent=101).to_bytes())
     with pytest.raises(MessageError, match="state must be one of online, stopping, lost"):
         from_map(Status, {0: 1, 1: 4, 2: bytes(16), 3: 1, 4: "a", 5: 1, 6: "away"})
