@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +53,11 @@ def golden_windows() -> np.ndarray:
     return np.concatenate(arrays)
 
 
-def model_answer(windows: np.ndarray, twist: Callable[[np.ndarray], np.ndarray] = lambda true: true) -> np.ndarray:
-    """The model's answer, computed here without any fleet; or what it would be if every expert's output were twisted."""
+def true_answer(windows: np.ndarray) -> np.ndarray:
+    """The model's answer, computed here without any fleet: what every answer of the fleet is measured against."""
     top_k = json.loads((MODEL / "model.json").read_bytes())["top_k"]
     experts, weights = choose(run_expert(MODEL / "gate.onnx", windows), top_k)
-    said = np.stack([twist(run_expert(MODEL / f"expert-{i}.onnx", windows)) for i in range(6)])
+    said = np.stack([run_expert(MODEL / f"expert-{i}.onnx", windows) for i in range(6)])
     chosen = said[experts.astype(int), np.arange(len(windows))[:, None]]
     return (chosen * weights[..., None]).sum(axis=1)
 
@@ -69,7 +69,7 @@ class LiveFleet:
         self.fleet, self.layout = fleet, StateLayout(fleet.state)
         self.honest = [spec.name for spec in fleet.agents]
         self.windows = golden_windows()
-        self.truth = model_answer(self.windows)
+        self.truth = true_answer(self.windows)
         self.gateway = Gateway(fleet)
 
     def ask(self, policy: str = "referee") -> asyncio.Task[Answer]:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
-from live_fleet import NEAR, LiveFleet, model_answer
+from live_fleet import LiveFleet
 
-from benchmarks.dishonest import collude
 from benchmarks.fleet import AgentSpec
+from bmoe.ledger.rules.entries import Verdict
 from bmoe.ledger.rules.standing import Standing
+from bmoe.protocol.messages import Output, open_message
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 REQUESTS_MAX = 40
-SEED = 3
 
 
 def colluders(name: str, count: int) -> list[AgentSpec]:
     """Agents of different owners that all tell the same lie."""
-    return [AgentSpec(f"{name}-{i}", f"{name}-owner-{i}", "collude", ("--seed", str(SEED))) for i in range(1, count + 1)]
+    return [AgentSpec(f"{name}-{i}", f"{name}-owner-{i}", "collude", ("--seed", "3")) for i in range(1, count + 1)]
 
 
 async def ask_until_caught(fleet: LiveFleet, liars: list[AgentSpec]) -> int:
@@ -50,13 +49,18 @@ async def test_a_colluding_majority_outvotes_the_honest_and_yet_the_referee_answ
     liars = colluders("gang", 5)
     async with fleet.agents(*liars):
         outvoted = await fleet.ask("full")
-        lie = model_answer(fleet.windows, lambda true: collude(true, SEED))
-        assert np.allclose(outvoted.outputs["probabilities"], lie, atol=NEAR), "nobody was outvoted: this shows nothing"
-        assert (abs(lie - fleet.truth).max(axis=1) > 0.2).all()
-        for name in fleet.honest:  # in the minority, and that is no evidence against them
-            assert (await fleet.gateway.agent(name))["refutations"] == 0
+        assert not fleet.is_right(outvoted), "nobody was outvoted: this shows nothing"
         await ask_until_caught(fleet, liars)
         facts = await fleet.unharmed()  # the vote of all is right again: nobody who lies has one
-    for task in map(bytes.fromhex, outvoted.verdicts):
-        assert facts.verdicts[task].policy == "full" and facts.verdicts[task].outcome == "accepted"
-        assert {liar.name for liar in liars} <= set(facts.verdicts[task].assigned)
+    verdicts = [facts.verdicts[bytes.fromhex(task)] for task in outvoted.verdicts]
+    # The outvoted complain, and the validator may have caught all liars before the request's last vote is counted.
+    false = [v for v in verdicts if accepted_author(v) in {liar.name for liar in liars}]
+    assert false
+    for verdict in false:
+        assert verdict.policy == "full" and set(fleet.honest) <= set(verdict.assigned)
+        assert any((verdict.task, name) in facts.state.complaints for name in fleet.honest)
+
+
+def accepted_author(verdict: Verdict) -> str:
+    """Whose output a verdict of the agents' own accepted."""
+    return open_message(Output, verdict.outputs[verdict.accepted]).header.author

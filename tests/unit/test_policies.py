@@ -156,7 +156,7 @@ def test_probation_alone_and_one_owner_alone_are_never_enough(cast: list[Vote]) 
     [
         ("nobody yet", [], {"assigned": 2, "closed": False}, (NOBODY, Need.OUTPUTS)),
         ("one of two", [(HONEST, S.TRUSTED)], {"assigned": 2, "closed": False}, (NOBODY, Need.OUTPUTS)),
-        ("two agree", [(HONEST, S.TRUSTED), (0.5, S.PROBATION)], {}, (HONEST, Need.NOTHING)),
+        ("two agree", [(HONEST, S.TRUSTED), (HONEST, S.PROBATION)], {}, (HONEST, Need.NOTHING)),
         ("two agree early", [(HONEST, S.TRUSTED)] * 2, {"assigned": 3, "closed": False}, (HONEST, Need.NOTHING)),
         ("two disagree", [(HONEST, S.TRUSTED), (LIE, S.TRUSTED)], {}, (NOBODY, Need.REFEREE)),
         ("just beyond the tolerance", [(HONEST, S.TRUSTED), (NEAR, S.TRUSTED)], {}, (NOBODY, Need.REFEREE)),

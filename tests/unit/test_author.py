@@ -1,0 +1,198 @@
+"""The author of frames against an engine that fails in both flavours: without effect, and after taking effect."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import Any, cast
+
+import pytest
+
+from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.rules.entries import MAX_LEAF_BYTES, Answer, Tick, parse_entry
+from bmoe.ledger.rules.frames import NO_FRAME, parse_frame
+from bmoe.ledger.stream import LedgerStream, StreamMessage
+from bmoe.protocol.errors import BmoeError, LedgerError, MessageError, UnavailableError
+from bmoe.protocol.keys import Signer
+
+SIGNER, LEDGER, NAME = Signer.from_bytes(bytes([9] * 32)), bytes(16), "validator-1"
+
+
+class Engine:
+    """A stream kept in memory with the engine's rules: expected last position, and message ids that repeat safely.
+
+    `faults` are taken one an append: "lost" (nothing happened), "unacknowledged" (it is on disk), "forgotten" (on disk,
+    and the message id forgotten, as after the engine's window for repeats).
+    """
+
+    def __init__(self) -> None:
+        self.data: list[bytes] = []
+        self.ids: dict[str, int] = {}
+        self.faults: deque[str] = deque()
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def append(self, author: str, data: bytes, message_id: str, expected_last: int) -> int:
+        await self.gate.wait()
+        fault = self.faults.popleft() if self.faults else ""
+        if fault == "lost":
+            raise UnavailableError("no answer")
+        if message_id not in self.ids:
+            if expected_last != len(self.data):
+                raise LedgerError("another frame came in between")
+            self.data.append(data)
+            self.ids[message_id] = len(self.data)
+        position = self.ids[message_id]
+        if fault == "forgotten":
+            self.ids.clear()
+        if fault:
+            raise UnavailableError("no answer")
+        return position
+
+    async def last_of(self, author: str) -> StreamMessage | None:
+        return StreamMessage(len(self.data), self.data[-1]) if self.data else None
+
+    def sizes(self) -> list[list[int]]:
+        """The ticks in each frame, after checking the whole chain anew: signatures, sequence, previous."""
+        previous, found = NO_FRAME, []
+        for position, data in enumerate(self.data, 1):
+            frame = parse_frame(data)
+            frame.sealed.verify(SIGNER.public_key)
+            assert (frame.header.seq, frame.header.previous) == (position, previous)
+            previous = frame.digest
+            found.append([cast(Tick, parse_entry(e)).size for e in frame.entries])
+        return found
+
+
+def _author(engine: Engine) -> FrameAuthor:
+    return FrameAuthor(cast(LedgerStream, engine), SIGNER, NAME, LEDGER, 1, clock=lambda: 1_800_000_000_000)
+
+
+def _tick(size: int) -> tuple[type[Tick], dict[str, Any]]:
+    return Tick, {"size": size}
+
+
+async def test_entries_that_come_while_a_frame_is_under_way_share_the_next() -> None:
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    engine.gate.clear()
+    first = author.submit([_tick(0)])
+    await asyncio.sleep(0)
+    rest = [author.submit([_tick(i)]) for i in range(1, 300)]
+    engine.gate.set()
+    positions = await asyncio.gather(first, *rest)
+    await author.stop()
+    frames = engine.sizes()
+    assert sum(frames, []) == list(range(300)) and len(frames[-2]) == 256 and len(frames) <= 3
+    assert [len(f) for f in frames] == [positions.count(p) for p in range(1, len(frames) + 1)]
+
+
+@pytest.mark.parametrize("fault", ["lost", "unacknowledged", "forgotten"])
+async def test_a_frame_whose_acknowledgement_is_lost_stands_on_the_ledger_once(fault: str) -> None:
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    engine.faults.extend(["", fault])
+    assert [await author.enter(_tick(i)) for i in range(3)] == [1, 2, 3]
+    await author.stop()
+    assert engine.sizes() == [[0], [1], [2]]
+
+
+async def test_a_restart_goes_on_where_the_ledger_stands_not_where_memory_did() -> None:
+    engine = Engine()
+    first = _author(engine)
+    await first.start()
+    await first.enter(_tick(1))
+    engine.faults.extend(["unacknowledged"])
+    dying = first.submit([_tick(2)])
+    while len(engine.data) < 2:
+        await asyncio.sleep(0)
+    await first.stop()
+    with pytest.raises(UnavailableError, match="stopped while the entry was being appended"):
+        await dying
+    second = _author(engine)
+    await second.start()
+    assert await second.enter(_tick(3)) == 3
+    await second.stop()
+    assert engine.sizes() == [[1], [2], [3]]
+
+
+async def test_two_processes_with_one_key_cannot_fork_the_chain() -> None:
+    engine = Engine()
+    one, two = _author(engine), _author(engine)
+    await one.start()
+    await two.start()
+    await one.enter(_tick(1))
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="in between"):
+            await two.enter(_tick(2))
+    assert await one.enter(_tick(3)) == 2
+    await asyncio.gather(one.stop(), two.stop())
+    assert engine.sizes() == [[1], [3]]
+
+
+def _huge() -> tuple[type[Answer], dict[str, Any]]:
+    digest, blob = bytes(32), bytes(MAX_LEAF_BYTES)
+    return Answer, {
+        "request": bytes(16), "model": "toy", "version": 1, "gate": b"", "request_root": digest, "rows": 4096, "top_k": 2,
+        "experts": blob, "weights": blob, "tasks": (), "task_index": blob, "task_rows": blob, "openings": (),
+        "outputs": (), "result_root": digest, "result_opening": digest,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bad", "kind"),
+    [(_huge(), MessageError), ((Tick, {"bigness": 3}), TypeError), ((Tick, {"size": "\udcff"}), BmoeError)],
+)
+async def test_one_entry_that_no_frame_can_hold_fails_alone(bad: Any, kind: type[Exception]) -> None:
+    """Others wait in the same group: their entries must stand, and the author must live on."""
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    good = [author.submit([_tick(1)]), author.submit([bad]), author.submit([_tick(2)])]
+    results = await asyncio.gather(*good, return_exceptions=True)
+    assert results[0] == 1 and isinstance(results[1], kind) and results[2] == 2
+    assert await author.enter(_tick(3)) == 3
+    await author.stop()
+    assert engine.sizes() == [[1], [2], [3]]
+
+
+async def test_whoever_waits_when_it_stops_is_told_and_so_is_whoever_comes_after() -> None:
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    engine.gate.clear()
+    waiting = [author.submit([_tick(i)]) for i in range(3)]
+    await asyncio.sleep(0)
+    late = author.submit([_tick(9)])
+    await author.stop()
+    after = author.submit([_tick(10)])
+    for future in (*waiting, late, after):
+        with pytest.raises(UnavailableError):
+            await future
+    assert engine.sizes() == []
+
+
+async def test_a_caller_who_gives_up_does_not_disturb_the_chain() -> None:
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    engine.gate.clear()
+    given_up = author.submit([_tick(1)])
+    given_up.cancel()
+    engine.gate.set()
+    assert await author.enter(_tick(2)) >= 1
+    await author.stop()
+    assert sum(engine.sizes(), []) == [1, 2]
+
+
+async def test_too_many_waiting_are_refused_and_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmoe.ledger.author.WAITING_MAX", 3)
+    author = _author(Engine())
+    futures = [author.submit([_tick(i)]) for i in range(4)]
+    with pytest.raises(UnavailableError, match="3 entries wait"):
+        await futures[3]
+    await author.start()
+    await asyncio.gather(*futures[:3])
+    await author.stop()
