@@ -23,6 +23,7 @@ from bmoe.protocol.keys import Signer
 FRAME_ENTRIES = 256
 FRAME_BYTES = 1024 * 1024
 WAITING_MAX = 20_000
+AGAIN_S = 0.1
 E = TypeVar("E", bound=Entry)
 
 
@@ -55,6 +56,7 @@ class FrameAuthor:
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         """Find where our chain stands on the ledger, and begin to append."""
@@ -66,6 +68,7 @@ class FrameAuthor:
 
     async def stop(self) -> None:
         """Stop appending; entries still waiting fail with UnavailableError."""
+        self._stopped = True
         await end(self._task)
         while self._waiting:
             _fail(self._waiting.popleft(), UnavailableError(f"{self.name} stopped before the entry was appended"))
@@ -76,6 +79,9 @@ class FrameAuthor:
         """Queue entries (type, own fields) that stand together; the future gives their position once durable."""
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(kinds, attachments, done, 512 * len(kinds) + sum(len(a) for a in attachments))
+        if self._stopped:
+            _fail(waiting, UnavailableError(f"{self.name} has stopped appending"))
+            return done
         if len(self._waiting) >= WAITING_MAX:
             _fail(waiting, UnavailableError(f"{WAITING_MAX} entries wait for the ledger engine already"))
             return done
@@ -92,20 +98,7 @@ class FrameAuthor:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                group = self._take()
-                try:
-                    position = await self._append(group)
-                except asyncio.CancelledError:
-                    for waiting in group:
-                        _fail(waiting, UnavailableError(f"{self.name} stopped while the entry was being appended"))
-                    raise
-                except BmoeError as error:
-                    for waiting in group:
-                        _fail(waiting, error)
-                    continue
-                for waiting in group:
-                    if not waiting.done.done():
-                        waiting.done.set_result(position)
+                await self._append(self._take())
 
     def _take(self) -> list[_Waiting]:
         group = [self._waiting.popleft()]
@@ -118,21 +111,43 @@ class FrameAuthor:
             group.append(self._waiting.popleft())
         return group
 
-    async def _append(self, group: Sequence[_Waiting]) -> int:
+    async def _append(self, group: Sequence[_Waiting]) -> None:
+        """Append a group in one frame, and tell those who wait. Entries that no frame can hold fail alone."""
+        try:
+            frame, digest = self._build(group)
+        except Exception as error:  # whatever a caller's fields made of themselves: the author lives on
+            if len(group) == 1:
+                _fail(group[0], error)
+                return
+            for waiting in group:
+                await self._append([waiting])
+            return
+        try:
+            position = await self._append_surely(frame, digest)
+        except asyncio.CancelledError:
+            for waiting in group:
+                _fail(waiting, UnavailableError(f"{self.name} stopped while the entry was being appended"))
+            raise
+        except BmoeError as error:
+            for waiting in group:
+                _fail(waiting, error)
+            return
+        self._seq, self._previous, self._position = self._seq + 1, digest, position
+        for waiting in group:
+            if not waiting.done.done():
+                waiting.done.set_result(position)
+
+    def _build(self, group: Sequence[_Waiting]) -> tuple[bytes, bytes]:
         time_ms = self._clock()
         common: dict[str, Any] = {"ledger": self.ledger, "epoch": self.epoch, "author": self.name, "seq": self._seq + 1}
-        entries = [kind(**common, time_ms=time_ms, **fields).to_bytes() for w in group for kind, fields in w.kinds]
-        frame, digest = build_frame(
+        return build_frame(
             self._signer,
             **common,
             previous=self._previous,
             time_ms=time_ms,
-            entries=entries,
+            entries=[kind(**common, time_ms=time_ms, **fields).to_bytes() for w in group for kind, fields in w.kinds],
             attachments=[a for w in group for a in w.attachments],
         )
-        position = await self._append_surely(frame, digest)
-        self._seq, self._previous, self._position = self._seq + 1, digest, position
-        return position
 
     async def _append_surely(self, frame: bytes, digest: bytes) -> int:
         """Repeat until acknowledged: an unacknowledged frame may be on disk, so it is never dropped or replaced."""
@@ -140,7 +155,7 @@ class FrameAuthor:
             try:
                 return await self._stream.append(self.name, frame, message_id(digest), self._position)
             except UnavailableError:
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(AGAIN_S)
             except LedgerError:
                 last = await self._found(digest)
                 if last is None:
@@ -148,14 +163,14 @@ class FrameAuthor:
                 return last
 
     async def _found(self, digest: bytes) -> int | None:
-        """Whether the frame in doubt is our last one: it was appended and its acknowledgement lost."""
-        try:
-            last = await self._stream.last_of(self.name)
-        except UnavailableError:
-            return None
-        if last is not None and parse_frame(last.data).digest == digest:
-            return last.position
-        return None
+        """The position of the frame in doubt, if it is our last one: it was appended and its acknowledgement lost."""
+        while True:
+            try:
+                last = await self._stream.last_of(self.name)
+            except UnavailableError:
+                await asyncio.sleep(AGAIN_S)
+                continue
+            return last.position if last is not None and parse_frame(last.data).digest == digest else None
 
 
 def _fail(waiting: _Waiting, error: Exception) -> None:

@@ -16,7 +16,7 @@ from coordinator.embedded.nats_server import TlsFiles
 from coordinator.identity.authority import Authority, load_or_create_key, spki_digest
 from coordinator.identity.directory import Directory, Known
 from coordinator.identity.enrol import Enroller, certify
-from coordinator.identity.https import server_tls, serving
+from coordinator.identity.https import fleet_serving, server_tls
 from coordinator.identity.server import Fleet, make_app
 from coordinator.identity.tokens import TokenStore
 from edge_agent.join_token import JoinToken
@@ -71,7 +71,7 @@ class FleetServer:
             self.registrar.public_key, self.ledger.ledger, self.ledger.epoch, ("127.0.0.1", 1883),
             lambda *args, **facts: None,
         )  # fmt: skip
-        async with serving(self._watched(make_app(fleet)), "127.0.0.1", 0, server_tls(files)) as port:
+        async with fleet_serving(self._watched(make_app(fleet)), "127.0.0.1", 0, server_tls(files)) as port:
             self.url = f"https://127.0.0.1:{port}"
             yield self
         self.tokens.close()
@@ -85,12 +85,10 @@ class FleetServer:
                 self.swallow -= 1
 
                 async def lost(message: Any) -> None:
+                    """The head of the answer, then the connection breaks."""
                     if message["type"] == "http.response.start":
-                        message = {**message, "headers": [(b"content-length", b"100000")]}
-                    if message["type"] == "http.response.body":
-                        message = {"type": "http.response.body", "body": b"{", "more_body": False}
-                    with contextlib.suppress(Exception):
-                        await send(message)
+                        return await send({**message, "headers": [(b"content-length", b"100000")]})
+                    raise ConnectionError("the answer got lost")
 
                 return await app(scope, receive, lost)
             await app(scope, receive, send)

@@ -50,7 +50,7 @@ def test_a_token_survives_copying_with_blanks_around_it() -> None:
     ],
 )  # fmt: skip
 def test_a_spoiled_token_is_refused_before_anything_is_done(text: str) -> None:
-    with pytest.raises(MessageError, match="token|gateway's address"):
+    with pytest.raises(MessageError, match=r"token|gateway's address"):
         parse_token(text)
 
 
@@ -92,7 +92,7 @@ async def test_without_a_name_one_is_proposed_and_the_tokens_own_counts(server: 
 async def test_a_reply_that_got_lost_does_not_strand_the_board(server: FleetServer, tmp_path: Path) -> None:
     token = server.token()
     server.swallow = 1
-    with pytest.raises(UnavailableError, match="bytes missing|connection broke"):
+    with pytest.raises(UnavailableError, match=r"bytes missing|connection broke"):
         await joined(tmp_path / "board", token, "kitchen-pi")
     assert len(server.ledger.entered) == 1, "the token is spent, the ledger knows the board"
     with pytest.raises(ConfigError, match="has not joined"):
@@ -167,7 +167,7 @@ async def test_a_damaged_identity_is_a_clear_error_and_force_mends_it(
     server: FleetServer, tmp_path: Path, field: str, value: object
 ) -> None:
     state = tmp_path / "board"
-    identity = await joined(state, server.token(), "kitchen-pi")
+    await joined(state, server.token(), "kitchen-pi")
     facts = json.loads(identity_file(state).read_bytes())
     identity_file(state).write_text(json.dumps({**facts, field: value}))
     if (field, value) == ("members", []):
