@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 import structlog
 
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY
+from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import tolerances_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
+from bmoe.protocol.envelope import split_envelope
 from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.messages import Output, Sealed
 from coordinator.collect import Collection, Do, Received
@@ -312,9 +314,14 @@ class Decider:
         log.warning("output_refused", agent=agent, task=sealed.header.task.hex(), reason=reason, evidence=evidence)
 
     def keep_evidence(self, agent: str, message: bytes) -> str:
-        """Keep a message that an agent signed, at most a few a minute for each; its SHA-256 in hex, or empty."""
+        """Keep a message that an agent signed, at most a few a minute for each; its SHA-256 in hex, or empty.
+
+        Of a large one only the envelope is kept, which convicts as well: a liar must not push out honest evidence.
+        """
         if not self._fleet.of(agent).may_keep(time.monotonic()):
             return ""
+        if len(message) > INLINE_BYTES:
+            message = message[: split_envelope(message)[1]]
         digest = hashlib.sha256(message).digest()
         self._spawn(self._committer.keep_evidence(digest, message))
         return digest.hex()

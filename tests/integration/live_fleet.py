@@ -110,16 +110,21 @@ class LiveFleet:
 
         `process` is "up" (the alarm log of `bmoe up`), "coordinator" or "registrar".
         """
-        path = self.fleet.log("gateway") if process == "up" else self.layout.logs() / f"{process}.log"
         deadline = time.monotonic() + PATIENCE_S
         while True:
-            lines = [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
-            events = [facts for facts in lines if facts.get("event") == event]
+            events = self.log_lines(process, event)
             for facts in events:
                 if all(text in str(facts.get(key)) for key, text in wanted.items()):
                     return facts
             assert time.monotonic() < deadline, f"{process} never logged {event} with {wanted}; only: {events[-5:]}"
             await asyncio.sleep(0.05)
+
+    def log_lines(self, process: str, event: str) -> list[dict[str, Any]]:
+        """The facts of every line of an event so far."""
+        path = self.fleet.log("gateway") if process == "up" else self.layout.logs() / f"{process}.log"
+        *whole, _ = path.read_text().split("\n")  # the last one may still be being written
+        lines = [json.loads(line) for line in whole if line.startswith("{")]
+        return [facts for facts in lines if facts.get("event") == event]
 
     async def refused(self, agent: str, message: bytes, reason: str) -> None:
         """The coordinator has refused what this agent signed: named in the log, and kept as evidence byte for byte."""
