@@ -98,11 +98,24 @@ class Client:
         except ValueError as error:
             raise UnavailableError(f"the gateway's reply to {path} is not JSON: {error}") from error
 
+    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
+        """One request; once more on a fresh connection if the kept one turns out to have been closed meanwhile."""
+        kept = self._connection.sock is not None
+        headers = {"Content-Type": "application/json"} if body else {}
+        try:
+            self._connection.request(method, path, body, headers)
+            response = self._connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            if not kept or not _closed_while_idle(error):
+                raise
+            self._connection.request(method, path, body, headers)
+            response = self._connection.getresponse()
+        return response, response.read(REPLY_MAX)
+
     def _call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         try:
-            self._connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
-            response = self._connection.getresponse()
-            reply = response.read(REPLY_MAX)
+            response, reply = self._exchange(method, path, body)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             where = f"{self._connection.host}:{self._connection.port}"
@@ -110,6 +123,10 @@ class Client:
         if response.status == 200:
             return reply
         raise _error(response.status, reply)
+
+
+def _closed_while_idle(error: Exception) -> bool:
+    return isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError))
 
 
 def _error(status: int, reply: bytes) -> Exception:

@@ -15,6 +15,7 @@ import structlog
 from fastapi import FastAPI, Request, Response
 
 from bmoe import __version__
+from bmoe.ledger.rules.policies import verifies
 from bmoe.protocol.errors import BmoeError, InferenceError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.tensors import Tensor
 from coordinator.answer import Answered
@@ -144,7 +145,7 @@ def _response(answered: Answered) -> dict[str, Any]:
             "request": request.id.hex(),
             "verdicts": [t.hex() for t in answered.tasks],
             "policy": request.policy,
-            "assurance": "unverified" if request.policy == "single" else "verified",
+            "assurance": "verified" if verifies(request.policy) else "unverified",
             "stage": answered.stage,
             "promise": base64.b64encode(answered.promise).decode(),
             "request_salt": result.request_salt.hex(),

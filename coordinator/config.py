@@ -43,6 +43,16 @@ class GatewaySettings(BaseSettings):
     promise_ms: int = Field(30_000, ge=1000, description="Deadline promised for the entry of a decided answer.")
     referee_memory_mb: int = Field(1024, ge=128, description="Memory bound of the referee's and the gate's process.")
 
+    @property
+    def dial_host(self) -> str:
+        """Where this machine's own processes reach what listens on `host`."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    @property
+    def api_dial_host(self) -> str:
+        """Where this machine's own tools reach the API."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.api_host, self.api_host)
+
     @classmethod
     def settings_customise_sources(
         cls,

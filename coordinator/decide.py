@@ -33,6 +33,7 @@ from coordinator.referee import Referee
 from coordinator.route import choose_agents
 
 log = structlog.get_logger("decide")
+COORDINATOR = "coordinator"
 CLOSED_KEPT = 4096
 FIRST_HEDGE_S = 1.0  # while nobody knows yet how long an expert takes; boards may still have to fetch it
 STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
@@ -220,6 +221,9 @@ class Decider:
 
     async def _re_execute(self, running: _Running) -> None:
         job = running.job
+        if COORDINATOR in self._state.refuted:
+            running.collection.referee_failed = "validators have refuted this coordinator as a referee"
+            return
         try:
             running.collection.referee = await self._referee.execute(
                 job.binding, job.expert, job.inputs, self._timing.referee_s
@@ -268,7 +272,7 @@ class Decider:
         if self._running.pop(running.job.task, None) is None:
             return
         for agent in running.collection.pending():
-            self._fleet.of(agent).load = max(0, self._fleet.of(agent).load - 1)
+            self._fleet.unanswered(agent)
 
     def _on_late(self, sealed: Sealed[Output]) -> None:
         """Late outputs never alter the vote; a second, different one is proof of lying all the same."""
@@ -293,6 +297,7 @@ class Decider:
         agent, job = sealed.header.author, done.job
         candidate = receive_output(sealed, job.binding, job.expert).candidate
         self.tally.late += 1
+        self._fleet.of(agent).silent = 0
         dissent = candidate is None
         if candidate is not None and done.value is not None:
             dissent = distance(done.value, candidate, tolerances_of(job.expert)) > NEUTRAL

@@ -26,6 +26,9 @@ SUSPICION_S = 60.0
 LATENCIES_KEPT = 256
 VIEW_EVERY_S = 1.0
 EVIDENCE_A_MINUTE = 10
+# Each task in a row that an agent left unanswered counts as so many in hand: silence lowers the load given, no more.
+SILENCE_WEIGHT = 8
+SILENCE_MAX = 32
 
 
 class DurableStorage(Storage):
@@ -58,6 +61,7 @@ class Presence:
     earlier: int = 0
     health: Health | None = None
     suspected_until: float = 0.0
+    silent: int = 0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     kept: deque[float] = field(default_factory=lambda: deque(maxlen=EVIDENCE_A_MINUTE))
 
@@ -108,16 +112,24 @@ class Fleet:
             current = self._state.standing(agent)
             wanted = current.in_service and now >= presence.suspected_until if standing is None else current in standing
             if wanted:
-                found.append(Eligible(agent, self._state.members[agent].owner, current, presence.load))
+                load = presence.load + SILENCE_WEIGHT * presence.silent
+                found.append(Eligible(agent, self._state.members[agent].owner, current, load))
         return found
 
     def suspect(self, agent: str) -> None:
         """Stop asking an agent for a while, on our own word; its standing moves by the ledger alone."""
         self.of(agent).suspected_until = time.monotonic() + SUSPICION_S
 
+    def unanswered(self, agent: str) -> None:
+        """Note that a task closed without an agent's answer."""
+        presence = self.of(agent)
+        presence.load = max(0, presence.load - 1)
+        presence.silent = min(presence.silent + 1, SILENCE_MAX)
+
     def answered(self, agent: str, expert: bytes, seconds: float) -> None:
         """Note how long an agent took."""
         self.of(agent).latencies.append(seconds)
+        self.of(agent).silent = 0
         self._latencies.setdefault(expert, deque(maxlen=LATENCIES_KEPT)).append(seconds)
 
     def p95(self, expert: bytes) -> float | None:

@@ -15,7 +15,9 @@ from nats.errors import Error as NatsError
 from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
+from bmoe.ledger.rules.receipt import merge_receipts
 from bmoe.ledger.rules.state import Applied, State
+from bmoe.ledger.rules.tlog_proof import parse_proof
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
 from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.keys import Signer
@@ -60,7 +62,7 @@ class Gateway:
             "127.0.0.1", ports["ledger.client"], layout.ca, layout.certificate(NAME), layout.key(NAME)
         )
         link = LinkSettings(
-            host="127.0.0.1",
+            host=settings.dial_host,
             port=ports["broker.mqtt"],
             client_id=NAME,
             ca=layout.ca,
@@ -86,7 +88,7 @@ class Gateway:
         await self._follower.changed(lambda: NAME in self.state.members, timeout_s=20)
         await self.finality.follow(self._stream)
         self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
-        await self._author.start()
+        await self._author.start(self.state)
         self._evidence = EvidenceStore(layout.evidence)
         self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)
         self._referee_runner = Runner(memory_mb=settings.referee_memory_mb)
@@ -150,21 +152,33 @@ class Gateway:
         self.decider.start(job)
 
     async def receipt(self, identity: bytes, kind: str) -> bytes:
-        """The receipt of a verdict ("task") or an answer ("request"), from the validators; UnavailableError if none."""
-        question = json.dumps({kind: identity.hex()}).encode()
-        reasons = []
+        """The receipt of a verdict ("task") or an answer ("request"), with every validator's cosignature to be had.
+
+        Raises UnavailableError when no validator gives one, naming what each said.
+        """
+        receipts: list[str] = []
+        reasons: list[str] = []
+        question: dict[str, Any] = {kind: identity.hex()}
         for validator in sorted(self.state.validators):
             try:
-                reply = await self._stream.client.request(
-                    f"ledger.receipt.{validator}", question, timeout=RECEIPT_TIMEOUT_S
-                )
-            except (NatsError, OSError, asyncio.TimeoutError) as error:
-                reasons.append(f"{validator}: {str(error) or type(error).__name__}")
+                receipts.append(await self._ask_receipt(validator, question))
+            except UnavailableError as error:
+                reasons.append(str(error))
                 continue
-            if not reply.data.startswith(b"{"):
-                return reply.data
-            reasons.append(f"{validator}: {json.loads(reply.data).get('error')}")
-        raise UnavailableError(f"no receipt for {identity.hex()}: {'; '.join(reasons)}")
+            question["size"] = parse_proof(receipts[0]).checkpoint.size
+        if not receipts:
+            raise UnavailableError(f"no receipt for {identity.hex()}: {'; '.join(reasons)}")
+        return merge_receipts(receipts).encode()
+
+    async def _ask_receipt(self, validator: str, question: dict[str, Any]) -> str:
+        subject, data = f"ledger.receipt.{validator}", json.dumps(question).encode()
+        try:
+            reply = await self._stream.client.request(subject, data, timeout=RECEIPT_TIMEOUT_S)
+        except (NatsError, OSError, asyncio.TimeoutError) as error:
+            raise UnavailableError(f"{validator}: {str(error) or type(error).__name__}") from error
+        if reply.data.startswith(b"{"):
+            raise UnavailableError(f"{validator}: {json.loads(reply.data).get('error')}")
+        return reply.data.decode()
 
     def statistics(self) -> dict[str, Any]:
         """Figures for operators and the demo."""

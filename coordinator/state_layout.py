@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,20 @@ class StateLayout:
     def ports(self) -> Path:
         """The ports in use, remembered."""
         return self.root / "ports.json"
+
+    @property
+    def reach(self) -> Path:
+        """Which addresses this machine's own tools dial; written at every start."""
+        return self.root / "reach.json"
+
+    def dial(self, name: str) -> str:
+        """The address to dial for "host" (fleet HTTPS, broker) or "api_host"; loopback where nothing is said."""
+        try:
+            return str(json.loads(self.reach.read_bytes())[name])
+        except (FileNotFoundError, KeyError):
+            return "127.0.0.1"
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{self.reach} is damaged: bring the gateway up again to write it anew") from error
 
     def validator(self, name: str) -> Path:
         """A validator's folder."""

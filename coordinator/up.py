@@ -7,6 +7,7 @@ clean stop, a kill or a power cut is the same code.
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 import signal
 import sys
@@ -38,6 +39,8 @@ log = structlog.get_logger("up")
 VALIDATORS = ("validator-1",)
 COORDINATOR = "coordinator"
 BUILT_IN_OWNER = "bmoe"
+# Each reads the whole ledger before it is ready, and a ledger only grows.
+READY_S = 600.0
 # One thread each: on a small machine OpenMP's spinning costs far more than it brings.
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -69,6 +72,9 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
     async with Supervisor(settings.state, _tell) as supervisor:
         identity = prepare_identity(settings.state, VALIDATORS, (settings.host, *settings.public_hosts))
         prepare_trust(layout, identity.registrar.public_key)
+        write_durably(
+            layout.reach, json.dumps({"host": settings.dial_host, "api_host": settings.api_dial_host}).encode()
+        )
         ports = await start_gateway(settings, layout, identity, supervisor)
         say(f"gateway is up: API http://{settings.api_host}:{ports['api']}  state {settings.state}")
         say(f"a token for a board: bmoe token create --owner NAME --state {settings.state}")
@@ -164,7 +170,8 @@ def _validator(settings: GatewaySettings, name: str, ports: dict[str, int]) -> C
         "state": settings.state,
         "name": name,
         "ledger-port": ports["ledger.client"],
-        "gateway": f"https://localhost:{ports['fleet']}",
+        "gateway": f"https://{_bracketed(settings.dial_host)}:{ports['fleet']}",
+        "mqtt-host": settings.dial_host,
         "mqtt-port": ports["broker.mqtt"],
     }
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
@@ -181,8 +188,12 @@ def _child(settings: GatewaySettings, name: str, arguments: tuple[str, ...]) -> 
         argv=(sys.executable, *arguments),
         log=(settings.state / "logs" / f"{name}.log").resolve(),
         env=environment,
-        ready_within=40.0,
+        ready_within=READY_S,
     )
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 def _spelled(value: object) -> str:

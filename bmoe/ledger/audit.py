@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bmoe.ledger.rules.entries import Answer
+from bmoe.ledger.rules.policies import verifies
 from bmoe.ledger.rules.receipt import Audited, AuditedVerdict, check_request, verify_receipt
 from bmoe.ledger.rules.tlog_proof import MAX_PROOF_BYTES
 from bmoe.ledger.rules.trust import MAX_TRUST_BYTES, parse_trust
@@ -81,7 +82,7 @@ def _read(path: Path, cap: int) -> bytes:
 def _check_request(audited: Audited, opening: bytes) -> None:
     if not isinstance(audited.entry, Answer):
         raise ConfigError("--request needs the receipt of an answer, this one is of a verdict")
-    check_request(audited.entry, opening)
+    check_request(audited.entry, audited.release, opening)
 
 
 def describe(audited: Audited, request_checked: bool = False) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def describe(audited: Audited, request_checked: bool = False) -> dict[str, Any]:
     return {
         "verified": True,
         "kind": audited.kind,
+        "assurance": "unverified" if not all(verifies(v.entry.policy) for v in audited.verdicts) else "verified",
         "ledger": entry.ledger.hex(),
         "epoch": entry.epoch,
         "model": entry.model,
@@ -138,7 +140,7 @@ def lines(facts: dict[str, Any]) -> list[str]:
     """The same facts for a reader."""
     name = f"request {facts['request']}" if facts["kind"] == "answer" else f"task {facts['verdicts'][0]['task']}"
     found = [
-        f"VERIFIED: the {facts['kind']} to {name}, model {facts['model']}",
+        f"{_title(facts)}: the {facts['kind']} to {name}, model {facts['model']}",
         f"  ledger      {facts['ledger']} epoch {facts['epoch']}, leaf {facts['leaf']}",
         f"  entered     {facts['entered_at']} by {facts['entered_by']}",
         f"  checkpoint  size {facts['checkpoint']['size']}, root {facts['checkpoint']['root']}",
@@ -156,6 +158,13 @@ def lines(facts: dict[str, Any]) -> list[str]:
     found += [f"recomputed:   {text}" for text in facts["recomputed"]]
     found += [f"on the validators' word: {text}" for text in facts["relied_on"]]
     return found
+
+
+def _title(facts: dict[str, Any]) -> str:
+    """What the reader may conclude: a policy that takes one agent's word leaves an entry true and its value unverified."""
+    if facts["assurance"] == "verified":
+        return "VERIFIED"
+    return "ON THE LEDGER, BUT UNVERIFIED (policy single takes one agent's word)"
 
 
 def _tensor_line(tensor: dict[str, Any]) -> str:

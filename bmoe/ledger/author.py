@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from bmoe.ledger.ending import end
 from bmoe.ledger.rules.entries import Entry
 from bmoe.ledger.rules.frames import NO_FRAME, build_frame, parse_frame
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerStream, message_id
 from bmoe.protocol.errors import BmoeError, LedgerError, UnavailableError
 from bmoe.protocol.keys import Signer
@@ -58,10 +59,17 @@ class FrameAuthor:
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
 
-    async def start(self) -> None:
-        """Find where our chain stands on the ledger, and begin to append."""
+    async def start(self, state: State | None = None) -> None:
+        """Find where our chain stands on the ledger, and begin to append.
+
+        `state`, where the caller has folded the whole stream, says it best: a last frame that the rules refused (before
+        we were enrolled, say) is no part of the chain, and what follows it would be refused as well.
+        """
         last = await self._stream.last_of(self.name)
-        if last is not None:
+        known = state.authors.get(self.name) if state is not None else None
+        if last is not None and known is not None:
+            self._seq, self._previous, self._position = known.seq, known.previous, last.position
+        elif last is not None:
             frame = parse_frame(last.data)
             self._seq, self._previous, self._position = frame.header.seq, frame.digest, last.position
         self._task = asyncio.create_task(self._run(), name=f"author-{self.name}")
@@ -119,8 +127,7 @@ class FrameAuthor:
             if len(group) == 1:
                 _fail(group[0], error)
                 return
-            for waiting in group:
-                await self._append([waiting])
+            await self._append_each(group)
             return
         try:
             position = await self._append_surely(frame, digest)
@@ -136,6 +143,17 @@ class FrameAuthor:
         for waiting in group:
             if not waiting.done.done():
                 waiting.done.set_result(position)
+
+    async def _append_each(self, group: Sequence[_Waiting]) -> None:
+        """One frame an entry; whoever has not had a turn when we are stopped is told."""
+        waiting = deque(group)
+        try:
+            while waiting:
+                await self._append([waiting.popleft()])
+        except asyncio.CancelledError:
+            for left in waiting:
+                _fail(left, UnavailableError(f"{self.name} stopped before the entry was appended"))
+            raise
 
     def _build(self, group: Sequence[_Waiting]) -> tuple[bytes, bytes]:
         time_ms = self._clock()

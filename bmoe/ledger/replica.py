@@ -181,7 +181,7 @@ class Validator:
             raise ConfigError(f"a frame names attachment {digest.hex()[:16]}, and no gateway is set to fetch it from")
         while True:
             try:
-                return await self._gateway.blob(digest, ATTACHMENT_BYTES)
+                return await self._gateway.attachment(digest, ATTACHMENT_BYTES)
             except BmoeError as error:
                 log.warning("waiting for attachment digest=%s error=%s", digest.hex(), error)
                 await asyncio.sleep(RETRY_S)

@@ -18,6 +18,7 @@ from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.cosign import may_write
 from bmoe.ledger.refute import Reexecutor
 from bmoe.ledger.rules.entries import Verdict
+from bmoe.ledger.rules.policies import verifies
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import BmoeError, UnavailableError
 
@@ -28,7 +29,6 @@ QUEUE_MAX = 64
 SUSPECTS_MAX = 32
 ATTEMPTS = 3
 RETRY_S = 1.0
-UNVERIFIED = ("single",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class SpotChecks:
             await self._check(job)
 
     def _on_verdict(self, entry: Verdict, contradicted: tuple[str, ...]) -> None:
-        if entry.outcome != "accepted" or entry.policy in UNVERIFIED:
+        if entry.outcome != "accepted" or not verifies(entry.policy):
             return
         if contradicted:
             self.queue(Job(entry.task, "claim"))

@@ -25,6 +25,7 @@ from bmoe.protocol.errors import LedgerError, LedgerForkError, UnavailableError
 STREAM = "LEDGER"
 CHECKPOINTS = "CHECKPOINTS"
 FRAMES = "ledger.frame"
+CONNECT_S = 15.0
 ACK_TIMEOUT_S = 2.0
 PULL_BATCH = 512
 PULL_EXPIRES_S = 20.0
@@ -71,18 +72,7 @@ class LedgerStream:
     async def connect(cls, access: LedgerAccess, name: str) -> LedgerStream:
         """Connect within 15 s, or raise UnavailableError."""
         try:
-            client = await nats.connect(
-                f"tls://{access.host}:{access.port}",
-                name=name,
-                tls=access.tls(),
-                tls_handshake_first=True,
-                connect_timeout=3,
-                reconnect_time_wait=0.2,
-                max_reconnect_attempts=-1,
-                allow_reconnect=True,
-                error_cb=_quiet,
-                pending_size=64 * 1024 * 1024,
-            )
+            client = await asyncio.wait_for(_dial(access, name), CONNECT_S)
         except (NatsError, OSError, asyncio.TimeoutError, ssl.SSLError) as error:
             raise UnavailableError(
                 f"ledger engine at {access.host}:{access.port}: {error or type(error).__name__}"
@@ -199,6 +189,21 @@ async def _next(arrived: asyncio.Queue[Msg], timeout_s: float) -> Msg:
     if not arrived.empty():
         return arrived.get_nowait()
     return await asyncio.wait_for(arrived.get(), timeout_s)
+
+
+async def _dial(access: LedgerAccess, name: str) -> Client:
+    return await nats.connect(
+        f"tls://{access.host}:{access.port}",
+        name=name,
+        tls=access.tls(),
+        tls_handshake_first=True,
+        connect_timeout=3,
+        reconnect_time_wait=0.2,
+        max_reconnect_attempts=-1,
+        allow_reconnect=True,
+        error_cb=_quiet,
+        pending_size=64 * 1024 * 1024,
+    )
 
 
 async def _quiet(_: Exception) -> None:

@@ -33,6 +33,7 @@ from bmoe.protocol.tensors import Tensor
 
 MAX_TENSORS = 64
 MAX_ROWS = 4096
+MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
 
 ROLES = ("agent", "coordinator", "validator", "registrar")
 REFUSALS = ("busy", "expired", "unknown-expert", "too-large", "bad-input", "failed", "duplicate")
@@ -227,7 +228,14 @@ class FrameHeader(Header):
     entries: tuple[Any, ...] = array(8, is_digest, 1024, "leaf hashes")
     attachments: tuple[Any, ...] = array(
         9,
-        lambda v: type(v) is tuple and len(v) == 3 and is_digest(v[0]) and is_uint(v[1]) and type(v[2]) is bool,
+        lambda v: (
+            type(v) is tuple
+            and len(v) == 3
+            and is_digest(v[0])
+            and is_uint(v[1])
+            and v[1] <= MAX_ATTACHMENT_BYTES
+            and type(v[2]) is bool
+        ),
         4096,
         "[digest, size, inline]",
     )

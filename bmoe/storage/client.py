@@ -40,12 +40,19 @@ class GatewayClient:
         """The kept input message of a task: a sealed Task header, salt and input tensors."""
         return await asyncio.to_thread(self.get, f"/v1/evidence/{task.hex()}", EVIDENCE_BYTES)
 
+    async def attachment(self, digest: bytes, size_max: int) -> bytes:
+        """An attachment too large for its frame, kept as evidence; raises InputError when it is not that of the digest."""
+        return await self._hashed("/v1/evidence", digest, size_max)
+
     async def blob(self, digest: bytes, size_max: int) -> bytes:
         """The bytes of this SHA-256; raises InputError when the gateway gives others."""
-        data = await asyncio.to_thread(self.get, f"/v1/blobs/{digest.hex()}", size_max)
+        return await self._hashed("/v1/blobs", digest, size_max)
+
+    async def _hashed(self, folder: str, digest: bytes, size_max: int) -> bytes:
+        data = await asyncio.to_thread(self.get, f"{folder}/{digest.hex()}", size_max)
         found = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
         if found != digest:
-            raise InputError(f"the gateway's blob {digest.hex()[:16]} has SHA-256 {found.hex()[:16]}")
+            raise InputError(f"the gateway's {folder}/{digest.hex()[:16]} has SHA-256 {found.hex()[:16]}")
         return data
 
     async def blob_file(self, digest: bytes, size: int, folder: Path) -> Path:

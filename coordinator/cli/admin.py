@@ -21,7 +21,7 @@ class Admin:
 
     def __init__(self, state: Path) -> None:
         layout = StateLayout(state)
-        self._port = read_ports(state).get("fleet")
+        self._host, self._port = layout.dial("host"), read_ports(state).get("fleet")
         if self._port is None:
             raise ConfigError(f"{state} knows of no fleet port: bring the gateway up first (bmoe up)")
         try:
@@ -32,7 +32,7 @@ class Admin:
 
     def call(self, method: str, path: str, body: dict[str, Any] | bytes | None = None) -> dict[str, Any]:
         """One call; raises InputError, RefusedError or UnavailableError with the registrar's own words."""
-        connection = http.client.HTTPSConnection("localhost", self._port, context=self._tls, timeout=TIMEOUT_S)
+        connection = http.client.HTTPSConnection(self._host, self._port, context=self._tls, timeout=TIMEOUT_S)
         data = json.dumps(body).encode() if isinstance(body, dict) else body
         try:
             connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})

@@ -17,6 +17,7 @@ from bmoe.protocol.errors import BmoeError, ConfigError, InputError
 from coordinator.cli.admin import Admin
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
+from coordinator.state_layout import StateLayout
 
 app = typer.Typer(
     name="bmoe",
@@ -64,7 +65,7 @@ def up(
         models=tuple(model) if model else None,
         policy=policy,
     )
-    run_gateway(settings, lambda line: out.print(line, highlight=False))
+    run_gateway(settings, print)
 
 
 @app.command()
@@ -177,7 +178,8 @@ def api_url(state: Path) -> str:
     port = read_ports(state).get("api")
     if port is None:
         raise ConfigError(f"{state} knows of no API port: bring the gateway up first (bmoe up), or give --url")
-    return f"http://127.0.0.1:{port}"
+    host = StateLayout(state).dial("api_host")
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

@@ -117,10 +117,10 @@ async def _evidence(fleet: Fleet, request: Request) -> Response:
     if known.role != "validator":
         raise RefusedError(f"evidence is for validators, {known.name} is {known.role}")
     task = request.path_params["task"]
-    if not is_hex_digest(task * 2):
-        raise MessageError("a task is named by 16 bytes in lower-case hex")
+    if not (is_hex_digest(task) or is_hex_digest(task * 2)):
+        raise MessageError("evidence is named by a task's 16 bytes or an attachment's 32, in lower-case hex")
     found = await asyncio.to_thread(fleet.evidence, bytes.fromhex(task))
-    return _found(found, "application/octet-stream", f"no evidence of task {task}")
+    return _found(found, "application/octet-stream", f"no evidence {task}")
 
 
 def peer(fleet: Fleet, request: Request) -> Known:

@@ -20,7 +20,7 @@ from bmoe.client import Answer, Client
 from bmoe.protocol.errors import BmoeError, UnavailableError
 
 MODEL, INPUT, SHAPE = "wearable", "window", (1, 6, 100)
-CALL_S = 15.0  # the client's own patience: a call that takes so long is a call that hangs
+CALL_S = 20.0  # the client's own patience: a call that takes so long is a call that hangs
 PAUSE_S = 0.1  # of a client between two calls
 POLL_S = 0.05  # where another process's state tells by no event
 MARKS = {
@@ -71,7 +71,6 @@ class Load:
     async def more(self, count: int, within_s: float) -> None:
         """Wait for `count` answers to calls that begin from now on."""
         now = time.monotonic()
-        print(f"{now:.2f} more {count}")
 
         def enough() -> bool:
             return sum(call.answer is not None and call.began >= now for call in self.calls) >= count
@@ -167,7 +166,6 @@ async def until(holds: Callable[[], Awaitable[bool]], within_s: float, what: str
     while True:
         try:
             if await holds():
-                print(f"{time.monotonic():.2f} {what}")
                 return
         except BmoeError:
             pass

@@ -35,7 +35,8 @@ READER = "coordinator"  # whose certificate we come with
 
 @dataclass
 class LedgerFacts:
-    """What one reading found. `roots` are by tree size, at each tick; `positions` by task id of the verdict."""
+    """What one reading found: `opened` (rows) and `verdicts` by task id, `answers` by request id, `chains` (sequence,
+    digest) of each author's last frame, `roots` of our own tree by size at each tick, `cosigned` roots by size."""
 
     state: State
     height: int = 0
@@ -73,7 +74,7 @@ class LedgerFacts:
         assert all(self.verdicts[task].outcome == "accepted" for task in entry.tasks)
 
 
-async def check_ledger(state_dir: Path, within_s: float = 20.0) -> LedgerFacts:
+async def check_ledger(state_dir: Path, within_s: float = 40.0) -> LedgerFacts:
     """Read from the first position until every task is closed and a validator has cosigned all that was read."""
     layout = StateLayout(state_dir)
     trust = layout.load_trust()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import chain
 from typing import Any, cast
 
 import pytest
@@ -29,7 +30,7 @@ class Engine:
         self.data: list[bytes] = []
         self.ids: dict[str, int] = {}
         self.faults: deque[str] = deque()
-        self.gate = asyncio.Event()
+        self.gate, self.unacknowledged = asyncio.Event(), asyncio.Event()
         self.gate.set()
 
     async def append(self, author: str, data: bytes, message_id: str, expected_last: int) -> int:
@@ -46,6 +47,7 @@ class Engine:
         if fault == "forgotten":
             self.ids.clear()
         if fault:
+            self.unacknowledged.set()
             raise UnavailableError("no answer")
         return position
 
@@ -84,7 +86,7 @@ async def test_entries_that_come_while_a_frame_is_under_way_share_the_next() -> 
     positions = await asyncio.gather(first, *rest)
     await author.stop()
     frames = engine.sizes()
-    assert sum(frames, []) == list(range(300)) and len(frames[-2]) == 256 and len(frames) <= 3
+    assert list(chain.from_iterable(frames)) == list(range(300)) and len(frames[-2]) == 256 and len(frames) <= 3
     assert [len(f) for f in frames] == [positions.count(p) for p in range(1, len(frames) + 1)]
 
 
@@ -106,8 +108,7 @@ async def test_a_restart_goes_on_where_the_ledger_stands_not_where_memory_did() 
     await first.enter(_tick(1))
     engine.faults.extend(["unacknowledged"])
     dying = first.submit([_tick(2)])
-    while len(engine.data) < 2:
-        await asyncio.sleep(0)
+    await asyncio.wait_for(engine.unacknowledged.wait(), 5)
     await first.stop()
     with pytest.raises(UnavailableError, match="stopped while the entry was being appended"):
         await dying
@@ -174,6 +175,19 @@ async def test_whoever_waits_when_it_stops_is_told_and_so_is_whoever_comes_after
     assert engine.sizes() == []
 
 
+async def test_stopping_while_a_spoiled_group_is_written_one_by_one_leaves_nobody_hanging() -> None:
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    engine.gate.clear()
+    group = [author.submit([_tick(1)]), author.submit([_huge()]), author.submit([_tick(2)])]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    await author.stop()
+    results = await asyncio.wait_for(asyncio.gather(*group, return_exceptions=True), 2)
+    assert all(isinstance(r, BmoeError) for r in results) and engine.sizes() == []
+
+
 async def test_a_caller_who_gives_up_does_not_disturb_the_chain() -> None:
     engine = Engine()
     author = _author(engine)
@@ -184,7 +198,7 @@ async def test_a_caller_who_gives_up_does_not_disturb_the_chain() -> None:
     engine.gate.set()
     assert await author.enter(_tick(2)) >= 1
     await author.stop()
-    assert sum(engine.sizes(), []) == [1, 2]
+    assert list(chain.from_iterable(engine.sizes())) == [1, 2]
 
 
 async def test_too_many_waiting_are_refused_and_memory_stays_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,9 @@ class Play:
         chosen, self.free = self.free[:count], self.free[count:]
         self.collection.ask(chosen, count, self.now)
 
+    def standing(self, agent: str) -> Standing:
+        return Standing.TRUSTED if self.trusted else Standing.PROBATION
+
     def received(self, agent: str, value: float | None) -> Received:
         candidate = None if value is None else Candidate(agent, (struct.pack("<f", value),))
         return Received(agent, b"", b"", b"", (), candidate)
@@ -55,8 +58,7 @@ class Play:
         for _ in range(40):
             if self.closed:
                 return self
-            standing = Standing.TRUSTED if self.trusted else Standing.PROBATION
-            ballot = self.collection.ballot(lambda a: standing, lambda a: f"owner-{a}", self.now)
+            ballot = self.collection.ballot(self.standing, lambda a: f"owner-{a}", self.now)
             step = self.collection.step(ballot, self.now)
             self.done.append(step.do)
             if step.do is Do.WAIT:
@@ -125,7 +127,12 @@ def test_hedges_grow_apart_and_end() -> None:
     play = Play("referee", 16).run()
     for tick in range(100):
         play.until(tick / 10)
-    assert play.collection.hedges == HEDGES_MAX and play.assigned == 2 + HEDGES_MAX or play.now < 31
+    assert play.done.count(Do.ASK) == play.collection.hedges
+    patient = Play("referee", 16)
+    patient.collection.deadline = 1000.0
+    for tick in range(900):
+        patient.until(float(tick))
+    assert patient.collection.hedges == HEDGES_MAX and patient.assigned == 2 + HEDGES_MAX
     assert play.until(DEADLINE).accepted == BY_REFEREE
 
 

@@ -21,7 +21,7 @@ from bmoe.ledger.rules.outputs import (
     parse_output,
     tolerances_of,
 )
-from bmoe.protocol.encoding import bstr
+from bmoe.protocol.encoding import bstr, encode
 from bmoe.protocol.errors import InputError, ManifestError, MessageError, ProofError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Output, Release, seal_header, tensor_specs
@@ -34,6 +34,10 @@ B = Tensor("b", "int8", (ROWS, 1), bytes(range(ROWS)))
 SIGNER = Signer.from_bytes(bytes([4] * 32))
 
 
+# What a row's leaf says of its tensors: name, dtype, and the dims of a row.
+SHAPE = encode(tuple((t.name, t.dtype, t.dims[1:]) for t in (A, B)))
+
+
 def _leaves(author: str = "agent-1", salt: bytes = SALT) -> list[bytes]:
     return [row_leaf(author, salt, [A, B], i, ROWS) for i in range(ROWS)]
 
@@ -42,7 +46,7 @@ def _leaves(author: str = "agent-1", salt: bytes = SALT) -> list[bytes]:
 def test_one_row_opens_alone_with_its_own_salt(index: int) -> None:
     root = commit_rows("agent-1", SALT, [A, B], ROWS)
     # All that is handed over: the row's salt, its bytes and a path; not the batch's salt, and no other row.
-    salt, row, path = row_salt(SALT, index), row_bytes([A, B], index), row_proof(_leaves(), index)
+    salt, row, path = row_salt(SALT, index), SHAPE + row_bytes([A, B], index), row_proof(_leaves(), index)
     leaf = leaf_hash(salt + b"agent-1\x00" + row)
     verify_inclusion(index, ROWS, leaf, path, root)
     for other in range(ROWS):
@@ -58,9 +62,9 @@ def test_one_row_opens_alone_with_its_own_salt(index: int) -> None:
 def test_the_opened_row_gives_no_other_row_away() -> None:
     """A guesser who has row 0's salt, path and the full content of row 1 cannot tell that content from another."""
     path = row_proof(_leaves(), 0)
-    guesses = [s + b"agent-1\x00" + row_bytes([A, B], 1) for s in (row_salt(SALT, 0), bytes(16), b"")]
+    guesses = [s + b"agent-1\x00" + SHAPE + row_bytes([A, B], 1) for s in (row_salt(SALT, 0), bytes(16), b"")]
     assert not {leaf_hash(g) for g in guesses} & set(path)
-    assert leaf_hash(row_salt(SALT, 1) + b"agent-1\x00" + row_bytes([A, B], 1)) == path[0]
+    assert leaf_hash(row_salt(SALT, 1) + b"agent-1\x00" + SHAPE + row_bytes([A, B], 1)) == path[0]
 
 
 def test_every_part_of_a_commitment_matters() -> None:
@@ -97,9 +101,12 @@ def test_rows_that_do_not_fit_are_refused(salt: bytes, tensors: list[Tensor], ro
         commit_rows("", salt, tensors, rows)
 
 
-def test_a_batch_of_one_holds_whole_tensors_with_or_without_a_row_axis() -> None:
+def test_the_same_bytes_in_another_shape_are_another_commitment() -> None:
+    """Or one root could be opened as two values, and an honest output of the one be refuted by the other."""
     scalar, flat, batched = (Tensor("s", "float32", dims, bytes(4)) for dims in ((), (1,), (1, 1)))
-    assert len({commit_rows("", SALT, [t], 1) for t in (scalar, flat, batched)}) == 1
+    assert len({commit_rows("", SALT, [t], 1) for t in (scalar, flat, batched)}) == 3
+    renamed, retyped = (dataclasses.replace(flat, **change) for change in ({"name": "t"}, {"dtype": "int32"}))
+    assert len({commit_rows("", SALT, [t], 1) for t in (flat, renamed, retyped)}) == 3
     assert commit_rows("", SALT, [A], 1) == hashlib.sha256(b"\x00" + row_leaf("", SALT, [A], 0, 1)).digest()
 
 

@@ -79,3 +79,18 @@ def test_a_liar_cannot_fill_the_disk_with_evidence() -> None:
     kept = [presence.may_keep(now + i / 100) for i in range(100)]
     assert sum(kept) == EVIDENCE_A_MINUTE
     assert presence.may_keep(now + 61)
+
+
+def test_an_agent_that_leaves_tasks_unanswered_is_given_fewer_and_one_answer_mends_it(tmp_path: Path) -> None:
+    """Silence is no offence: it lowers the load given, never the standing."""
+    state = ledger_with("mute")
+    fleet = Fleet(state, tmp_path / "fleet.json")
+    fleet.of("mute").online = True
+    loads = []
+    for _ in range(3):
+        fleet.unanswered("mute")
+        loads.append(fleet.eligible(())[0].load)
+    assert loads == sorted(set(loads)) and loads[0] > 0
+    assert state.standing("mute") is Standing.PROBATION
+    fleet.answered("mute", b"expert", 0.1)
+    assert fleet.eligible(())[0].load == 0

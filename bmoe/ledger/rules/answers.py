@@ -5,7 +5,8 @@ from __future__ import annotations
 from bmoe.ledger.rules.combine import combine, unpack_choices
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
 from bmoe.ledger.rules.entries import Answer
-from bmoe.ledger.rules.state import Context, Event, FalseEntryError, State
+from bmoe.ledger.rules.outputs import fit_spec
+from bmoe.ledger.rules.state import TASK_WINDOW_MS, Context, Event, FalseEntryError, State
 from bmoe.protocol.encoding import read_bstrs
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
 from bmoe.protocol.messages import MAX_TENSORS, ModelRelease, Release, tensor_specs, tensors_from
@@ -16,18 +17,21 @@ def answer(state: State, context: Context, entry: Answer) -> list[Event]:
     """Enter an answer whose verdicts all stand and whose value they give."""
     if state.role_of(entry.author) != "coordinator":
         raise RefusedError(f"only a coordinator may enter this, not {entry.author}")
+    if entry.request in state.answers:
+        raise RefusedError(f"request {entry.request.hex()} has its answer already")
     if context.recompute:
         try:
             check_answer(state, context.attachments, entry)
         except InputError as error:
             raise FalseEntryError(f"answer to {entry.request.hex()}: {error}") from error
+    state.answers[entry.request] = state.time_ms + TASK_WINDOW_MS
     return [Event("answer", {"entry": entry, "index": state.size})]
 
 
 def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -> None:
     """Recompute an answer; raises InputError saying what does not follow from the verdicts."""
-    model = state.models.get(entry.model)
-    if model is None or entry.version != model.version or entry.gate != model.gate:
+    model = state.versions.get((entry.model, entry.version))
+    if model is None or entry.gate != model.gate:
         raise MessageError(f"model {entry.model} version {entry.version} with this gate is not released")
     if len(entry.openings) != len(entry.tasks) or len(set(entry.tasks)) != len(entry.tasks):
         raise MessageError("an answer names each task once, with its opening")
@@ -61,25 +65,9 @@ def accepted_tensors(attachments: dict[bytes, bytes], digest: bytes, release: Re
     if digest not in attachments:
         raise MessageError(f"the opening {digest.hex()[:16]} is not attached")
     parts = read_bstrs(attachments[digest], 0, MAX_TENSORS + 1)[1:]
-    return tensors_from([_spec(o, release, rows, part) for o, part in zip(release.outputs, parts, strict=False)], parts)
-
-
-def _spec(
-    output: tuple[str, str, tuple[int, ...], bytes], release: Release, rows: int, part: bytes
-) -> tuple[str, str, tuple[int, ...]]:
-    """An accepted value fitted its release when it was accepted, so at most one free dim is left to work out here."""
-    from bmoe.protocol.tensors import ITEM_BYTES
-
-    dims = list(output[2])
-    if release.batch and dims:
-        dims[0] = rows
-    free = [i for i, d in enumerate(dims) if d == 0]
-    if len(free) == 1:
-        known = 1
-        for d in dims:
-            known *= d or 1
-        dims[free[0]] = len(part) // (known * ITEM_BYTES[output[1]])
-    return output[0], output[1], tuple(dims)
+    return tensors_from(
+        [fit_spec(o, release.batch, rows, part) for o, part in zip(release.outputs, parts, strict=False)], parts
+    )
 
 
 def check_result(attachments: dict[bytes, bytes], entry: Answer, result: tuple[Tensor, ...]) -> None:

@@ -45,6 +45,8 @@ def _support(state: State, entry: Claim, targets: list[str]) -> list[Event]:
             continue
         events.append(Event("refuted", {"task": entry.task, "member": target}))
         events += state.act(target, Act.REFUTED)
+        if target not in state.agents:
+            state.refuted.add(target)
     return events
 
 
@@ -64,7 +66,8 @@ def _contradicted(state: State, context: Context, entry: Claim) -> list[str]:
     names = [t.header.author for t in targets]
     if len(set(names)) != len(names) or entry.author in names:
         raise MessageError("a claim names each output once, and never the claimant's own")
-    if context.recompute:
+    # A claim carries its evidence, so that even those who do not recompute verdicts check it: it moves standing.
+    if context.recompute or {entry.opening, *entry.target_openings} <= context.attachments.keys():
         _check_distances(state, context.attachments, entry, closed, own, targets)
     return names
 
@@ -95,7 +98,7 @@ def _check_distances(
 
 def _signed(state: State, envelope: bytes, binding: Binding) -> Sealed[Output]:
     sealed = parse_output(envelope, binding)
-    sealed.verify(state.key_of(sealed.header.author))
+    state.verify(sealed)
     return sealed
 
 
@@ -110,7 +113,7 @@ def equivocation(state: State, context: Context, entry: Equivocation) -> list[Ev
     if first.envelope.payload == second.envelope.payload:
         raise MessageError("the two outputs are the same")
     for sealed in (first, second):
-        sealed.verify(state.key_of(a.author))
+        state.verify(sealed)
     events = state.act(a.author, Act.EQUIVOCATED)
     return [Event("equivocation", {"agent": a.author, "task": a.task}), *events]
 
@@ -131,10 +134,10 @@ def read_complaint(state: State, entry: ComplaintEntry) -> tuple[Sealed[Complain
     """The three statements of a complaint, verified and bound to each other; raises InputError or RefusedError."""
     sealed, task = open_message(Complaint, entry.complaint), open_message(Task, entry.task)
     agent = sealed.header.author
-    sealed.verify(state.key_of(agent))
+    state.verify(sealed)
     if state.role_of(task.header.author) != "coordinator":
         raise RefusedError(f"the task complained of is signed by {task.header.author}, not a coordinator")
-    task.verify(state.key_of(task.header.author))
+    state.verify(task)
     t = task.header
     output = _signed(state, entry.output, Binding(t.task, t.expert, t.input_root, t.rows))
     if (t.agent, output.header.author, sealed.header.task) != (agent, agent, t.task):

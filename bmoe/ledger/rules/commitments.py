@@ -1,7 +1,8 @@
 """Commitments to tensors: a salted Merkle root over rows, so that one row can be opened without the others.
 
-A row's leaf is row_salt || author || 0x00 || row bytes, hashed as RFC 6962 has it. The salt keeps a small tensor from
-being guessed out of its digest; the author keeps one agent's digest useless to another (a copycat cannot open it).
+A row's leaf is row_salt || author || 0x00 || shape || row bytes, hashed as RFC 6962 has it. The salt keeps a small tensor
+from being guessed out of its digest; the author keeps one agent's digest useless to another (a copycat cannot open it);
+the shape (CBOR of each tensor's name, dtype and the dims of a row) keeps the same bytes from being read as two values.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bmoe.ledger.rules.merkle import merkle_root
+from bmoe.protocol.encoding import encode
 from bmoe.protocol.errors import MessageError
 from bmoe.protocol.tensors import Tensor, row_bytes, row_salt
 
@@ -17,11 +19,19 @@ SALT_BYTES = 16
 
 def row_leaf(author: str, salt: bytes, tensors: Sequence[Tensor], index: int, rows: int) -> bytes:
     """The leaf of row `index`, which merkle_root hashes. A batch of one holds whole tensors, batch axis or not."""
+    return _leaf(author, salt, tensors, index, rows, _shape(tensors, rows))
+
+
+def _shape(tensors: Sequence[Tensor], rows: int) -> bytes:
+    return encode(tuple((t.name, t.dtype, t.dims if rows == 1 else t.dims[1:]) for t in tensors))
+
+
+def _leaf(author: str, salt: bytes, tensors: Sequence[Tensor], index: int, rows: int, shape: bytes) -> bytes:
     if rows == 1:
         content = b"".join(len(t.data).to_bytes(4, "big") + t.data for t in tensors)
     else:
         content = row_bytes(tensors, index)
-    return row_salt(salt, index) + author.encode() + b"\x00" + content
+    return row_salt(salt, index) + author.encode() + b"\x00" + shape + content
 
 
 def commit_rows(author: str, salt: bytes, tensors: Sequence[Tensor], rows: int) -> bytes:
@@ -34,4 +44,5 @@ def commit_rows(author: str, salt: bytes, tensors: Sequence[Tensor], rows: int) 
         for tensor in tensors:
             if not tensor.dims or tensor.dims[0] != rows:
                 raise MessageError(f"tensor {tensor.name!r} {list(tensor.dims)} does not have {rows} rows on axis 0")
-    return merkle_root([row_leaf(author, salt, tensors, i, rows) for i in range(rows)])
+    shape = _shape(tensors, rows)
+    return merkle_root([_leaf(author, salt, tensors, i, rows, shape) for i in range(rows)])

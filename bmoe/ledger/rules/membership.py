@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bmoe.ledger.rules.entries import (
     Genesis,
     MemberEntry,
@@ -16,7 +18,7 @@ from bmoe.ledger.rules.standing import Act, Record
 from bmoe.ledger.rules.state import Context, Event, State
 from bmoe.protocol.errors import MessageError, RefusedError
 from bmoe.protocol.keys import check_public_key
-from bmoe.protocol.messages import Member, ModelRelease, Release, open_message
+from bmoe.protocol.messages import Member, ModelRelease, Release, Sealed, open_message
 
 RULES_VERSION = 1
 
@@ -48,7 +50,7 @@ def member(state: State, context: Context, entry: MemberEntry) -> list[Event]:
     """Enrol a member; a name keeps its first key for ever, so that its evidence keeps its meaning."""
     _only(state, entry.author, "registrar")
     sealed = open_message(Member, entry.statement)
-    sealed.verify(state.registrar)
+    _certified(state, sealed)
     statement = sealed.header
     check_public_key(statement.public_key)
     known = state.members.get(statement.member)
@@ -80,7 +82,7 @@ def release(state: State, context: Context, entry: ReleaseEntry) -> list[Event]:
     """A version of an expert or gate becomes usable."""
     _only(state, entry.author, "registrar")
     sealed = open_message(Release, entry.statement)
-    sealed.verify(state.registrar)
+    _certified(state, sealed)
     statement = sealed.header
     if any(len(o[3]) != 8 for o in statement.outputs):
         raise MessageError("an output's tolerance is 8 bytes of float64")
@@ -94,7 +96,7 @@ def model(state: State, context: Context, entry: ModelEntry) -> list[Event]:
     """A version of a model becomes the one in use; all its parts must be released."""
     _only(state, entry.author, "registrar")
     sealed = open_message(ModelRelease, entry.statement)
-    sealed.verify(state.registrar)
+    _certified(state, sealed)
     statement = sealed.header
     parts = [*statement.experts, *([statement.gate] if statement.gate else [])]
     missing = [d.hex()[:16] for d in parts if d not in state.releases]
@@ -102,19 +104,27 @@ def model(state: State, context: Context, entry: ModelEntry) -> list[Event]:
         raise RefusedError(f"model {statement.model} names parts without a release: {', '.join(missing)}")
     if not 1 <= statement.top_k <= len(statement.experts):
         raise MessageError(f"top_k is {statement.top_k}, the model has {len(statement.experts)} experts")
-    state.models[statement.model] = statement
+    state.models[statement.model] = state.versions[(statement.model, statement.version)] = statement
     return [Event("model", {"model": statement.model, "version": statement.version})]
 
 
 def tick(state: State, context: Context, entry: Tick) -> list[Event]:
     """A validator marks the size after this entry; all validators cosign there."""
     _only(state, entry.author, "validator")
+    state.tell_time(entry.author, entry.time_ms)
     return [Event("tick", {"validator": entry.author, "size": state.size + 1})]
 
 
 def rejected(state: State, context: Context, entry: Rejected) -> list[Event]:
     """Nobody may write this entry: the rules do."""
     raise RefusedError("a rejected entry is written by the rules, not by an author")
+
+
+def _certified(state: State, sealed: Sealed[Any]) -> None:
+    """A statement that changes who or what counts must be the registrar's own, whoever enters it."""
+    if sealed.header.author != "registrar":
+        raise RefusedError(f"the statement is by {sealed.header.author}, not by the registrar")
+    state.verify(sealed)
 
 
 def _only(state: State, author: str, role: str) -> None:

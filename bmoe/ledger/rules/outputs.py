@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
@@ -12,7 +13,7 @@ from bmoe.ledger.rules.voting import Candidate, Tolerance, is_finite
 from bmoe.protocol.encoding import bstr, read_bstrs
 from bmoe.protocol.errors import InputError, MessageError
 from bmoe.protocol.messages import MAX_TENSORS, Output, Release, Sealed, open_message, tensors_from
-from bmoe.protocol.tensors import Tensor
+from bmoe.protocol.tensors import ITEM_BYTES, Tensor
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,18 @@ def check_specs(tensors: Sequence[Tensor], specs: Sequence[Sequence[Any]], rows:
             raise MessageError(
                 f"expected {name!r} {dtype}{shape}, found {tensor.name!r} {tensor.dtype}{list(tensor.dims)}"
             )
+
+
+def fit_spec(spec: Sequence[Any], batch: bool, rows: int, part: bytes) -> tuple[str, str, tuple[int, ...]]:
+    """Name, dtype and dims of a tensor whose bytes are known to fit a declaration with at most one free dim."""
+    dims = list(spec[2])
+    if batch and dims:
+        dims[0] = rows
+    free = [i for i, d in enumerate(dims) if d == 0]
+    if len(free) == 1:
+        known = prod(d or 1 for d in dims)
+        dims[free[0]] = len(part) // (known * ITEM_BYTES[spec[1]])
+    return spec[0], spec[1], tuple(dims)
 
 
 def _show(value: object) -> object:

@@ -20,6 +20,7 @@ from bmoe.ledger.rules.checkpoint import verify_cosignature
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Answer, Rejected, Verdict, parse_entry
 from bmoe.ledger.rules.merkle import leaf_hash, verify_inclusion
+from bmoe.ledger.rules.outputs import fit_spec
 from bmoe.ledger.rules.receipt_format import Evidence, Receipt, format_receipt, merge_receipts, parse_receipt
 from bmoe.ledger.rules.receipt_votes import (
     AuditedVerdict,
@@ -32,7 +33,7 @@ from bmoe.ledger.rules.receipt_votes import (
 from bmoe.ledger.rules.trust import Trust
 from bmoe.protocol.encoding import read_bstrs
 from bmoe.protocol.errors import BmoeError, ConfigError, ProofError
-from bmoe.protocol.messages import MAX_TENSORS, H, Member, ModelRelease, Release, Sealed, open_message
+from bmoe.protocol.messages import MAX_TENSORS, H, Member, ModelRelease, Release, Sealed, open_message, tensors_from
 from bmoe.protocol.tensors import Tensor
 
 __all__ = ["Audited", "AuditedVerdict", "check_request", "format_receipt", "merge_receipts", "verify_receipt"]
@@ -57,6 +58,7 @@ class Audited:
     result: tuple[Tensor, ...] | None
     recomputed: tuple[str, ...]
     relied_on: tuple[str, ...]
+    release: Release
 
 
 def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
@@ -85,7 +87,8 @@ def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
         result = check_answer(entry, audited, statements, openings)
     kind = "answer" if isinstance(entry, Answer) else "verdict"
     facts = (kind, entry, receipt.index, checkpoint.size, checkpoint.root, cosigned, audited, result)
-    return Audited(*facts, *_scope(entry, audited, result))
+    release = statements.releases[verdicts[0][1].expert]
+    return Audited(*facts, *_scope(entry, audited, result), release)
 
 
 def check_cosignatures(receipt: Receipt, trust: Trust) -> tuple[tuple[str, int], ...]:
@@ -104,13 +107,15 @@ def check_cosignatures(receipt: Receipt, trust: Trust) -> tuple[tuple[str, int],
     return cosigned
 
 
-def check_request(entry: Answer, opening: bytes) -> None:
-    """Raise ProofError unless `opening` (salt and input tensors, CBOR byte strings) is the request answered."""
+def check_request(entry: Answer, release: Release, opening: bytes) -> None:
+    """Raise ProofError unless `opening` (salt and input tensors, CBOR byte strings) is the request answered.
+
+    `release` is that of an expert of the model, which declares the inputs.
+    """
     with _step(9, "request"):
         salt, *parts = read_bstrs(opening, 0, MAX_TENSORS + 1)
-        rows = entry.rows
-        tensors = [Tensor(str(i), "uint8", (rows, len(p) // rows), p) for i, p in enumerate(parts)]
-        if commit_rows("", salt, tensors, rows) != entry.request_root:
+        specs = [fit_spec(i, release.batch, entry.rows, p) for i, p in zip(release.inputs, parts, strict=True)]
+        if commit_rows("", salt, tensors_from(specs, parts), entry.rows) != entry.request_root:
             raise ProofError("this request is not the one that the answer commits to")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from bmoe.ledger.rules.entries import Entry, Genesis, Rejected, parse_entry
@@ -16,9 +17,11 @@ from bmoe.ledger.rules.frames import NO_FRAME, Frame, parse_frame
 from bmoe.ledger.rules.outputs import Binding
 from bmoe.ledger.rules.standing import Act, Record, Standing
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError
-from bmoe.protocol.messages import Member, ModelRelease, Release
+from bmoe.protocol.messages import Member, ModelRelease, Release, Sealed
 
 TASK_WINDOW_MS = 20 * 60 * 1000
+AHEAD_MAX_MS = 30 * 24 * 3600 * 1000
+PRUNE_LOOK = 64
 AS_OF_SLACK = 4096
 # What malformed content could still raise in a rule: it must become a rejected leaf, never halt the log.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -52,7 +55,7 @@ class Closed:
 
     binding: Binding
     index: int
-    time_ms: int
+    expires_ms: int
     author: str
     outcome: str
     policy: str
@@ -89,6 +92,10 @@ class State:
     releases: dict[bytes, Release] = field(default_factory=dict)
     release_statements: dict[bytes, bytes] = field(default_factory=dict)
     models: dict[str, ModelRelease] = field(default_factory=dict)
+    versions: dict[tuple[str, int], ModelRelease] = field(default_factory=dict)
+    ticks: dict[str, int] = field(default_factory=dict)
+    refuted: set[str] = field(default_factory=set)
+    answers: OrderedDict[bytes, int] = field(default_factory=OrderedDict)
     open: dict[bytes, Slot] = field(default_factory=dict)
     closed: OrderedDict[bytes, Closed] = field(default_factory=OrderedDict)
     claims: dict[tuple[bytes, str], set[str]] = field(default_factory=dict)
@@ -102,6 +109,20 @@ class State:
         if member is None:
             raise RefusedError(f"{author} is not enrolled on this ledger")
         return member.public_key
+
+    def verify(self, sealed: Sealed[Any]) -> None:
+        """Raise unless the statement is of this very ledger and epoch, and signed by the member that it names."""
+        header = sealed.header
+        if (header.ledger, header.epoch) != (self.ledger, self.epoch):
+            raise RefusedError(f"{header.author}'s {header.CONTEXT} is of another ledger or epoch")
+        sealed.verify(self.key_of(header.author))
+
+    def tell_time(self, validator: str, time_ms: int) -> None:
+        """Ledger time is what a quorum of validators' ticks has reached: no author moves it alone, and it never goes back."""
+        self.ticks[validator] = max(self.ticks.get(validator, 0), time_ms)
+        told = sorted(self.ticks.values(), reverse=True)
+        if self.quorum and len(told) >= self.quorum:
+            self.time_ms = max(self.time_ms, told[self.quorum - 1])
 
     def role_of(self, author: str) -> str:
         """The certified role of a member."""
@@ -177,7 +198,6 @@ def _apply_frame(state: State, frame: Frame, attachments: dict[bytes, bytes], re
     header = frame.header
     author = state.authors[header.author]
     author.seq, author.previous = header.seq, frame.digest
-    state.time_ms = max(state.time_ms, header.time_ms)
     context = Context(frame, attachments, recompute)
     leaves: list[bytes] = []
     events: list[Event] = []
@@ -235,13 +255,16 @@ def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> 
 
 
 def _prune(state: State) -> None:
-    """Forget closed tasks that can no longer be challenged, by ledger time alone, so that memory is bounded."""
-    horizon = state.time_ms - TASK_WINDOW_MS
-    while state.closed:
-        task, closed = next(iter(state.closed.items()))
-        if closed.time_ms >= horizon:
-            return
+    """Forget closed tasks that can no longer be challenged, by ledger time alone, so that memory is bounded.
+
+    A few that expire late (a coordinator dated them ahead) must not hold up those behind them.
+    """
+    for task, closed in list(islice(state.closed.items(), PRUNE_LOOK)):
+        if closed.expires_ms >= state.time_ms:
+            continue
         del state.closed[task]
         for key in [k for k in state.claims if k[0] == task]:
             del state.claims[key]
         state.complaints -= {k for k in state.complaints if k[0] == task}
+    while state.answers and next(iter(state.answers.values())) < state.time_ms:
+        state.answers.popitem(last=False)

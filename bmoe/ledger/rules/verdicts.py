@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Opened, Verdict
 from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
-from bmoe.ledger.rules.policies import Ballot, Decision, Vote, policy_named
+from bmoe.ledger.rules.policies import Ballot, Decision, Vote, policy_named, verifies
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.standing import Act, Standing
-from bmoe.ledger.rules.state import AS_OF_SLACK, TASK_WINDOW_MS, Closed, Context, Event, FalseEntryError, Slot, State
+from bmoe.ledger.rules.state import (
+    AHEAD_MAX_MS,
+    AS_OF_SLACK,
+    TASK_WINDOW_MS,
+    Closed,
+    Context,
+    Event,
+    FalseEntryError,
+    Slot,
+    State,
+)
 from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
 from bmoe.protocol.messages import Release
@@ -19,9 +29,11 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     """Open slots. A task id begins with its time (ms, 6 bytes), so that an id can never be opened twice."""
     _coordinator(state, entry.author)
     for task, expert, _ in entry.tasks:
-        made_ms = int.from_bytes(task[:TASK_ID_TIME_BYTES], "big")
-        if abs(made_ms - entry.time_ms) > TASK_WINDOW_MS // 2:
+        made_ms = made_at(task)
+        if abs(made_ms - entry.time_ms) > TASK_WINDOW_MS // 2 or made_ms < state.time_ms - TASK_WINDOW_MS // 2:
             raise RefusedError(f"task {task.hex()} was not made within 10 minutes of its entry")
+        if state.time_ms and made_ms > state.time_ms + AHEAD_MAX_MS:
+            raise RefusedError(f"task {task.hex()} is dated more than 30 days ahead of the ledger's time")
         if task in state.open or task in state.closed:
             raise RefusedError(f"task {task.hex()} is opened twice")
         if expert not in state.releases:
@@ -31,6 +43,11 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     for task, expert, rows in entry.tasks:
         state.open[task] = Slot(expert, rows, state.size)
     return [Event("opened", {"tasks": tuple(t[0] for t in entry.tasks)})]
+
+
+def made_at(task: bytes) -> int:
+    """When a task id says that it was made, in ms since 1970."""
+    return int.from_bytes(task[:TASK_ID_TIME_BYTES], "big")
 
 
 def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
@@ -46,6 +63,10 @@ def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
     # for an author that had not yet read its own latest frames back.
     if not slot.size - AS_OF_SLACK <= entry.as_of <= state.size:
         raise RefusedError(f"as_of {entry.as_of} is not a size of this ledger ({state.size}) while the task was open")
+    if entry.referee and state.refuted:
+        referee = parse_output(entry.referee, Binding(entry.task, entry.expert, entry.input_root, entry.rows)).header
+        if referee.author in state.refuted:
+            raise RefusedError(f"{referee.author} was refuted and can be no referee any more")
     release = state.releases[entry.expert]
     if len(entry.stances) != len(entry.outputs) or len(entry.openings) != len(entry.outputs) + bool(entry.referee):
         raise MessageError("a verdict has one stance and one opening for each output")
@@ -100,7 +121,7 @@ def _signed_value(
     try:
         sealed = parse_output(envelope, binding)
         author = sealed.header.author
-        sealed.verify(state.key_of(author))
+        state.verify(sealed)
         if state.role_of(author) not in roles:
             raise RefusedError(f"{author} is a {state.role_of(author)}, not a {' or '.join(roles)}")
         if digest not in attachments:
@@ -124,7 +145,7 @@ def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
     state.closed[entry.task] = Closed(
         binding=Binding(entry.task, entry.expert, entry.input_root, entry.rows),
         index=state.size,
-        time_ms=entry.time_ms,
+        expires_ms=max(state.time_ms, made_at(entry.task)) + TASK_WINDOW_MS,
         author=entry.author,
         outcome=entry.outcome,
         policy=entry.policy,
@@ -141,7 +162,7 @@ def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
 
 def _credit(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
     """An output agreed with a re-execution, or with a trusted agent's of another owner: that is a clean one."""
-    if entry.outcome != "accepted" or entry.policy == "single":
+    if entry.outcome != "accepted" or not verifies(entry.policy):
         return []
     agreeing = [a for a, s in zip(authors, entry.stances, strict=True) if s == "a"]
     trusted = {a for a in agreeing if state.standing(a, entry.as_of) is Standing.TRUSTED}

@@ -14,6 +14,11 @@ DEFAULT = referee.POLICY.name
 FOR_CLIENTS = tuple(name for name in POLICIES if name != diagnosis.POLICY.name)
 
 
+def verifies(name: str) -> bool:
+    """Whether verdicts of this policy claim that anything was verified; one that is not known claims nothing here."""
+    return name in POLICIES and POLICIES[name].verifies
+
+
 def policy_named(name: str, version: int | None = None) -> Policy:
     """The policy of that name (and version, when one is given); raises MessageError listing what there is."""
     policy = POLICIES.get(name)
@@ -35,4 +40,5 @@ __all__ = [
     "Vote",
     "accept",
     "policy_named",
+    "verifies",
 ]

@@ -70,6 +70,7 @@ class Policy:
     replicas: Callable[[int], int]
     decide: Callable[[Ballot], Decision]
     distinct_owners: bool = False
+    verifies: bool = True
 
 
 def accept(ballot: Ballot, accepted: int) -> Decision:

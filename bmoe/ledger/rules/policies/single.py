@@ -13,4 +13,4 @@ def decide(ballot: Ballot) -> Decision:
     return undecided(ballot, Need.REPLICAS if ballot.closed and ballot.assigned < 3 else Need.OUTPUTS)
 
 
-POLICY = Policy("single", 1, lambda eligible: min(1, eligible), decide)
+POLICY = Policy("single", 1, lambda eligible: min(1, eligible), decide, verifies=False)
