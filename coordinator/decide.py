@@ -174,6 +174,9 @@ class Decider:
         self._ask_first(running, only)
         while True:
             now = time.monotonic()
+            for agent in collection.pending():
+                if not self._fleet.of(agent).online:
+                    collection.refused[agent] = "offline"
             as_of = self._state.size
             ballot = collection.ballot(self._state.standing, lambda a: self._state.members[a].owner, now)
             step = collection.step(ballot, now)

@@ -106,7 +106,14 @@ class FrameAuthor:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                await self._append(self._take())
+                group = self._take()
+                try:
+                    await self._append(group)
+                except asyncio.CancelledError:
+                    # The whole group, for one that is written one by one has members whose turn has not come.
+                    for waiting in group:
+                        _fail(waiting, UnavailableError(f"{self.name} stopped while the entry was being appended"))
+                    raise
 
     def _take(self) -> list[_Waiting]:
         group = [self._waiting.popleft()]
@@ -131,10 +138,6 @@ class FrameAuthor:
             return
         try:
             position = await self._append_surely(frame, digest)
-        except asyncio.CancelledError:
-            for waiting in group:
-                _fail(waiting, UnavailableError(f"{self.name} stopped while the entry was being appended"))
-            raise
         except BmoeError as error:
             for waiting in group:
                 _fail(waiting, error)

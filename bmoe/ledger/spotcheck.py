@@ -16,19 +16,21 @@ from typing import Any
 
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.cosign import may_write
-from bmoe.ledger.refute import Reexecutor
+from bmoe.ledger.refute import Finding, Reexecutor
 from bmoe.ledger.rules.entries import Verdict
 from bmoe.ledger.rules.policies import verifies
 from bmoe.ledger.rules.state import State
-from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InferenceError, UnavailableError
 
 log = logging.getLogger("bmoe.validator")
 
 CAUSES = ("complaint", "claim", "suspect", "spot")
 QUEUE_MAX = 64
 SUSPECTS_MAX = 32
-ATTEMPTS = 3
+ATTEMPTS = 10
+SPOT_ATTEMPTS = 3
 RETRY_S = 1.0
+RETRY_MAX_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -137,19 +139,8 @@ class SpotChecks:
         return False
 
     async def _check(self, job: Job) -> None:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                finding = await self._reexecutor.examine(job.task, job.message)
-                break
-            except UnavailableError as error:
-                log.info("re-execution waits task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
-                if attempt < ATTEMPTS:
-                    await asyncio.sleep(RETRY_S * attempt)
-            except BmoeError as error:
-                log.warning("re-execution failed task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
-                return
-        else:
-            log.warning("re-execution given up task=%s cause=%s attempts=%d", job.task.hex(), job.cause, ATTEMPTS)
+        finding = await self._examine(job)
+        if finding is None:
             return
         claim = self._reexecutor.claim(job.task, finding)
         names = ",".join(target[0] for target in finding.targets)
@@ -163,3 +154,20 @@ class SpotChecks:
             await self._author.enter((kind, fields), attachments=attachments)
         except BmoeError as error:
             log.warning("claim not entered task=%s error=%s", job.task.hex(), error)
+
+    async def _examine(self, job: Job) -> Finding | None:
+        """Execute a job's task again. What may pass (no evidence yet, our own expert process died) is tried again: longer
+        for what others wait for than for a draw of our own."""
+        attempts = SPOT_ATTEMPTS if job.cause == "spot" else ATTEMPTS
+        for attempt in range(1, attempts + 1):
+            try:
+                return await self._reexecutor.examine(job.task, job.message)
+            except (UnavailableError, InferenceError) as error:
+                log.info("re-execution waits task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
+                if attempt < attempts:
+                    await asyncio.sleep(min(RETRY_S * attempt, RETRY_MAX_S))
+            except BmoeError as error:
+                log.warning("re-execution failed task=%s cause=%s error=%s", job.task.hex(), job.cause, error)
+                return None
+        log.warning("re-execution given up task=%s cause=%s attempts=%d", job.task.hex(), job.cause, attempts)
+        return None

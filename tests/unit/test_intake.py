@@ -1,0 +1,237 @@
+"""Intake: what a client may send, and the one clear line for everything else. Nothing but InputError ever comes out."""
+
+from __future__ import annotations
+
+import json
+import struct
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bmoe.ledger.rules.state import State
+from bmoe.protocol.errors import InputError, MessageError
+from bmoe.protocol.messages import ModelRelease, Release
+from coordinator.catalogue import Catalogue
+from coordinator.intake import DATATYPES, take_in
+from coordinator.jobs import Request, ServedModel
+
+COMMON: dict[str, Any] = {"ledger": bytes(16), "epoch": 1, "author": "registrar", "seq": 1}
+Spec = tuple[str, str, tuple[int, ...]]
+
+
+def _model(*inputs: Spec, batch: bool = True) -> ServedModel:
+    release = Release(
+        **COMMON, model="toy", expert_name="a", digest=bytes(32), size=1, opset=17, memory_mb=1, batch=batch,
+        inputs=inputs, outputs=(("y", "float32", (0, 1), struct.pack(">d", 0)),), owner="ada", issued_ms=1,
+    )  # fmt: skip
+    statement = ModelRelease(
+        **COMMON, model="toy", version=3, manifest=bytes(32), gate=b"", experts=(release.digest,), top_k=1,
+        combine="weighted_sum", issued_ms=1,
+    )  # fmt: skip
+    return ServedModel(statement, None, (release,))
+
+
+TOY = _model(("x", "float32", (0, 2)))
+GOOD: dict[str, Any] = {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [1, 2.5, -3, 4e3]}
+
+
+def _take(body: Any, model: ServedModel = TOY) -> Request:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return take_in(raw, model, "public", "referee", 8, clock=lambda: 1234)
+
+
+def _one(model: ServedModel = TOY, **changes: Any) -> Request:
+    return _take({"inputs": [{**GOOD, **changes}]}, model)
+
+
+def test_a_good_request_is_taken_with_its_defaults() -> None:
+    request = _take({"inputs": [GOOD], "id": "mine", "unknown": 1})
+    assert (request.rows, request.policy, request.wait, request.client_id) == (2, "referee", "decided", "mine")
+    assert (request.tenant, request.received_ms, request.outputs, len(request.id)) == ("public", 1234, ("y",), 16)
+    assert request.tensors[0].data == struct.pack("<4f", 1, 2.5, -3, 4e3)
+    chosen = _take({"inputs": [GOOD], "parameters": {"policy": "full", "wait": "final"}, "outputs": [{"name": "y"}]})
+    assert (chosen.policy, chosen.wait) == ("full", "final")
+
+
+def test_flat_and_nested_data_are_the_same() -> None:
+    assert _one(data=[[1, 2.5], [-3, 4e3]]).tensors == _one().tensors
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b'{"inputs": [NaN]}', "not JSON"),
+        (b"[" * 5000, "not JSON"),
+        (b"[]", "must be a JSON object"),
+        ({}, "inputs must be a list of objects"),
+        ({"inputs": {}}, "inputs must be a list of objects"),
+        ({"inputs": [1]}, "inputs must be a list of objects"),
+        ({"inputs": []}, r"takes the inputs \['x'\], got \[\]"),
+        ({"inputs": [{"name": "z"}]}, r"takes the inputs \['x'\], got \['z'\]"),
+        ({"inputs": [{"name": ["x"]}]}, "takes the inputs"),
+        ({"inputs": [{}]}, r"takes the inputs \['x'\], got \[None\]"),
+        ({"inputs": [GOOD, GOOD]}, r"got \['x', 'x'\]"),
+        ({"inputs": [GOOD], "id": 5}, "id must be text"),
+        ({"inputs": [GOOD], "id": "x" * 129}, "at most 128"),
+        ({"inputs": [GOOD], "parameters": None}, "parameters must be an object"),
+        ({"inputs": [GOOD], "parameters": {"policy": "diagnosis"}}, "policy must be one of .*, got 'diagnosis'"),
+        ({"inputs": [GOOD], "parameters": {"policy": ["full"]}}, "policy must be one of"),
+        ({"inputs": [GOOD], "parameters": {"wait": None}}, "wait must be one of decided, committed, final, got None"),
+        ({"inputs": [GOOD], "outputs": "y"}, "outputs must be a list of objects"),
+        ({"inputs": [GOOD], "outputs": [{"name": "w"}]}, r"naming some of \['y'\]"),
+        ({"inputs": [GOOD], "outputs": [{"name": ["y"]}]}, "outputs must be"),
+    ],
+)
+def test_a_bad_body_is_one_clear_line(body: Any, words: str) -> None:
+    with pytest.raises(MessageError, match=words) as caught:
+        _take(body)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"datatype": "FLOAT"}, "datatype must be one of BOOL, .*, got 'FLOAT'"),
+        ({"datatype": ["FP32"]}, "datatype must be one of"),
+        ({"datatype": None}, "got None"),
+        ({"datatype": "FP64"}, r"expected 'x' float32\[2, 2\], found 'x' float64\[2, 2\]"),
+        ({"shape": None}, "shape must be a list of integers, got None"),
+        ({"shape": [2, "2"]}, "shape must be a list of integers"),
+        ({"shape": [2, 2.0]}, "shape must be a list of integers"),
+        ({"shape": [True, 4]}, "shape must be a list of integers"),
+        ({"shape": [-2, -2]}, "0..2\\^31-1"),
+        ({"shape": [1] * 9}, "at most 8 dims"),
+        ({"shape": [2**40, 1]}, "0..2\\^31-1"),
+        ({"shape": [2**31 - 1] * 8}, "items of data, got 4"),
+        ({"shape": [2, 3]}, r"shape \[2, 3\] needs 6 items of data, got 4"),
+        ({"shape": [4, 1]}, r"expected 'x' float32\[4, 2\], found 'x' float32\[4, 1\]"),
+        ({"shape": [4]}, r"found 'x' float32\[4\]"),
+        ({"shape": [], "data": [1]}, r"found 'x' float32\[\]"),
+        ({"shape": [0, 2], "data": []}, "1..8 rows, this one 0"),
+        ({"shape": [9, 2], "data": [0] * 18}, "1..8 rows, this one 9: split it"),
+        ({"data": None}, "data must be a list, got null"),
+        ({"data": 4}, "data must be a list, got an integer"),
+        ({"data": "1234"}, "data must be a list, got text"),
+        ({"data": {"0": 1}}, "data must be a list, got an object"),
+        ({"data": [1, 2, 3, "4"]}, "FP32 takes numbers, found text"),
+        ({"data": [1, 2, 3, None]}, "FP32 takes numbers, found null"),
+        ({"data": [1, 2, 3, True]}, "FP32 takes numbers, found true or false"),
+        ({"data": [1, 2, 3, {}]}, "FP32 takes numbers, found an object"),
+        ({"data": [1, 2, 3, [4]]}, "FP32 takes numbers, found a list"),
+        ({"data": [[1, 2], [3]]}, "nested data must be regular"),
+        ({"data": [[1, 2], 3]}, "nested data must be regular"),
+        ({"data": [[1], [2, 3, 4]]}, "nested data must be regular"),
+        ({"data": [[1], [2], [3], [4]]}, r"nested as \[4, 1\], shape says \[2, 2\]"),
+        ({"data": [[[1, 2], [3, 4]]]}, r"nested as \[1, 2, 2\]"),
+        ({"data": [1, 2, 3, 1e39]}, "a number does not fit FP32"),
+        ({"data": [1, 2, 3, -(2**200)]}, "a number does not fit FP32"),
+    ],
+)
+def test_a_bad_input_is_named_with_what_was_expected_and_what_came(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(MessageError, match=words) as caught:
+        _one(**changes)
+    assert len(str(caught.value)) < 400
+
+
+def _flat(datatype: str, data: list[Any]) -> bytes:
+    model = _model(("x", DATATYPES[datatype], (0,)))
+    return _one(model, datatype=datatype, shape=[len(data)], data=data).tensors[0].data
+
+
+INTEGER_TYPES = [d for d in DATATYPES if "INT" in d]
+
+
+@pytest.mark.parametrize("datatype", INTEGER_TYPES)
+def test_integers_are_taken_to_their_very_limits_and_never_wrap_round(datatype: str) -> None:
+    limits = np.iinfo(DATATYPES[datatype])
+    little = np.dtype(DATATYPES[datatype]).newbyteorder("<")
+    low, high = int(limits.min), int(limits.max)
+    assert np.frombuffer(_flat(datatype, [low, 1, high]), little).tolist() == [low, 1, high]
+    for wrong in (low - 1, high + 1, 2**70, -(2**70), 1.5, 2.0, True, "1"):
+        with pytest.raises(MessageError, match=f"{datatype} takes"):
+            _flat(datatype, [0, wrong])
+
+
+def test_bool_takes_true_and_false_alone() -> None:
+    assert _flat("BOOL", [True, False, True]) == b"\x01\x00\x01"
+    for wrong in (0, 1, 1.0, "true", None):
+        with pytest.raises(MessageError, match="BOOL takes true or false"):
+            _flat("BOOL", [True, wrong])
+
+
+@pytest.mark.parametrize("number", [b"NaN", b"Infinity", b"-Infinity", b"1e400", b"1e999999999"])
+def test_json_cannot_smuggle_in_what_is_not_finite(number: bytes) -> None:
+    body = json.dumps({"inputs": [{**GOOD, "data": [0, 0, 0, 12345]}]}).encode().replace(b"12345", number)
+    with pytest.raises(MessageError):
+        _take(body)
+
+
+def test_one_long_text_among_many_numbers_costs_no_memory() -> None:
+    """An array of text would hold 4 bytes a letter for every item: 60 kB of body would become 800 MB."""
+    data = [*[0] * 20_000, "x" * 10_000]
+    body = json.dumps({"inputs": [{**GOOD, "shape": [len(data) // 2, 2], "data": data}]}).encode()
+    tracemalloc.start()
+    with pytest.raises(MessageError):
+        _take(body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4_000_000
+
+
+def test_an_error_never_repeats_a_megabyte_to_its_sender() -> None:
+    big = "x" * 1_000_000
+    for body in ({"inputs": [{**GOOD, "datatype": big}]}, {"inputs": [{"name": big}] * 3},
+                 {"inputs": [{**GOOD, "shape": [big]}]}, {"inputs": [GOOD], "parameters": {"policy": [big] * 9}}):  # fmt: skip
+        with pytest.raises(MessageError) as caught:
+            _take(body)
+        assert len(str(caught.value)) < 500
+
+
+def test_a_model_without_a_batch_axis_has_one_row_and_scalars() -> None:
+    model = _model(("x", "float32", ()), ("n", "int64", (3,)), batch=False)
+    given = [{"name": "n", "shape": [3], "datatype": "INT64", "data": [1, 2, 3]},
+             {"name": "x", "shape": [], "datatype": "FP32", "data": [7]}]  # fmt: skip
+    request = _take({"inputs": given}, model)
+    assert request.rows == 1 and [t.name for t in request.tensors] == ["x", "n"], "in the model's order"
+
+
+JSON = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+              st.sampled_from(["x", "FP32", "BOOL", "INT8"])),
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "inputs"]), JSON, max_size=4), st.booleans(), JSON)
+def test_any_json_is_taken_or_refused_and_nothing_else(changes: dict[str, Any], whole: bool, other: Any) -> None:
+    body = changes if whole else {"inputs": [{**GOOD, **changes}], "parameters": other, "outputs": [other]}
+    try:
+        assert 1 <= _take(json.dumps(body).encode()).rows <= 8
+    except InputError:
+        pass
+
+
+def _state() -> State:
+    state = State(bytes(16), 1, bytes(32))
+    state.models["toy"], state.releases[bytes(32)] = TOY.statement, TOY.experts[0]
+    return state
+
+
+def test_the_catalogue_serves_what_is_released_now() -> None:
+    state = _state()
+    catalogue = Catalogue(state)
+    assert catalogue.get("toy") == TOY and catalogue.names() == ["toy"]
+    newer = _model(("x", "float16", (0, 2))).experts[0]
+    state.releases[bytes(32)] = newer
+    assert catalogue.get("toy").experts == (newer,), "an expert released anew is judged by its new tolerance at once"
+    described = catalogue.metadata("toy")
+    assert described["inputs"] == [{"name": "x", "datatype": "FP16", "shape": [-1, 2]}]
+    with pytest.raises(MessageError, match="'other' is not served here; there are: toy"):
+        catalogue.get("other")
