@@ -56,10 +56,12 @@ class Answerer:
         signer: Signer,
         common: dict[str, Any],
         promise_ms: int,
+        task_rows: int,
         final: Callable[[int, bytes], Awaitable[None]],
     ) -> None:
         self._gate, self._sharer, self._committer = gate, sharer, committer
         self._signer, self._common, self._promise_ms, self._final = signer, common, promise_ms, final
+        self._task_rows = task_rows
         self._counter = Counter()
         self._entering: set[asyncio.Future[None]] = set()
         self.count = Answers()
@@ -92,9 +94,9 @@ class Answerer:
         calls: list[tuple[int, list[int], Call]] = []
         for index in sorted(set(routing.experts.reshape(-1).tolist())):
             rows = routing.rows_of(index) if request.model.batch else [0]
-            inputs = tuple(take_rows(t, rows) for t in request.tensors) if request.model.batch else request.tensors
-            call = Call(request.tenant, request.model.experts[index], request.policy, inputs, len(rows))
-            calls.append((index, rows, call))
+            for start in range(0, len(rows), self._task_rows):
+                calls.append(self._call(request, index, rows[start : start + self._task_rows]))
+        for _, _, call in calls:
             self._sharer.add(call)
         done = await asyncio.gather(*(call.done for _, _, call in calls))
         tasks: list[Accepted] = []
@@ -107,6 +109,10 @@ class Answerer:
                 task_index[rows[place], choice] = tasks.index(accepted)
                 task_rows[rows[place], choice] = first + place
         return Choices(routing.experts, routing.weights, task_index, task_rows), tasks
+
+    def _call(self, request: Request, index: int, rows: list[int]) -> tuple[int, list[int], Call]:
+        inputs = tuple(take_rows(t, rows) for t in request.tensors) if request.model.batch else request.tensors
+        return index, rows, Call(request.tenant, request.model.experts[index], request.policy, inputs, len(rows))
 
     def _promise(self, request: Request, result: Result, tasks: tuple[bytes, ...]) -> bytes:
         header = Promise(

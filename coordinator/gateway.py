@@ -119,7 +119,16 @@ class Gateway:
         self._diagnosis = Diagnosis(self.fleet, self.decider)
         sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows)
         gate = Gate(self._gate_runner, self.layout.blobs)
-        self.answerer = Answerer(gate, sharer, self.committer, signer, common, settings.promise_ms, self._wait_final)
+        self.answerer = Answerer(
+            gate,
+            sharer,
+            self.committer,
+            signer,
+            common,
+            promise_ms=settings.promise_ms,
+            task_rows=settings.batch_rows,
+            final=self._wait_final,
+        )
 
     async def stop(self) -> None:
         """Finish what is owed, then go offline."""

@@ -186,8 +186,13 @@ def test_one_long_text_among_many_numbers_costs_no_memory() -> None:
 
 def test_an_error_never_repeats_a_megabyte_to_its_sender() -> None:
     big = "x" * 1_000_000
-    for body in ({"inputs": [{**GOOD, "datatype": big}]}, {"inputs": [{"name": big}] * 3},
-                 {"inputs": [{**GOOD, "shape": [big]}]}, {"inputs": [GOOD], "parameters": {"policy": [big] * 9}}):  # fmt: skip
+    bodies: list[dict[str, Any]] = [
+        {"inputs": [{**GOOD, "datatype": big}]},
+        {"inputs": [{"name": big}] * 3},
+        {"inputs": [{**GOOD, "shape": [big]}]},
+        {"inputs": [GOOD], "parameters": {"policy": [big] * 9}},
+    ]
+    for body in bodies:
         with pytest.raises(MessageError) as caught:
             _take(body)
         assert len(str(caught.value)) < 500
