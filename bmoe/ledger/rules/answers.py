@@ -35,6 +35,8 @@ def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -
         raise MessageError(f"model {entry.model} version {entry.version} with this gate is not released")
     if len(entry.openings) != len(entry.tasks) or len(set(entry.tasks)) != len(entry.tasks):
         raise MessageError("an answer names each task once, with its opening")
+    if entry.top_k != model.top_k:
+        raise MessageError(f"model {entry.model} takes {model.top_k} experts a row, the answer {entry.top_k}")
     choices = unpack_choices(entry.rows, entry.top_k, entry.experts, entry.weights, entry.task_index, entry.task_rows)
     releases = [
         _release_of(state, entry, task, digest) for task, digest in zip(entry.tasks, entry.openings, strict=True)
@@ -44,6 +46,7 @@ def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -
         accepted_tensors(attachments, digest, release, _rows(state, task))
         for task, digest, release in zip(entry.tasks, entry.openings, releases, strict=True)
     ]
+    check_size(attachments, entry, outputs, releases[0].batch if releases else False)
     result = combine(model.combine, choices, outputs, releases[0].batch)
     check_result(attachments, entry, result)
 
@@ -68,6 +71,19 @@ def accepted_tensors(attachments: dict[bytes, bytes], digest: bytes, release: Re
     return tensors_from(
         [fit_spec(o, release.batch, rows, part) for o, part in zip(release.outputs, parts, strict=False)], parts
     )
+
+
+def check_size(
+    attachments: dict[bytes, bytes], entry: Answer, outputs: Sequence[tuple[Tensor, ...]], batch: bool
+) -> None:
+    """The result must be as large as the combination before that is made: 4096 rows may all name one huge row."""
+    first = outputs[0] if outputs else ()
+    rows = [entry.rows if batch and t.dims else 1 for t in first]
+    size = sum(n * len(t.data) // (t.dims[0] or 1 if batch and t.dims else 1) for n, t in zip(rows, first, strict=True))
+    parts = read_bstrs(attachments.get(entry.result_opening, b""), 0, MAX_TENSORS + 1)
+    found = sum(map(len, parts[1:]))
+    if found != size:
+        raise MessageError(f"the result's opening holds {found} bytes, the combination {size}")
 
 
 def check_result(attachments: dict[bytes, bytes], entry: Answer, result: tuple[Tensor, ...]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bmoe.ledger.rules.entries import Challenge, Claim, ComplaintEntry, Confirmation, Equivocation
 from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
 from bmoe.ledger.rules.standing import Act
-from bmoe.ledger.rules.state import Closed, Context, Event, FalseEntryError, State
+from bmoe.ledger.rules.state import TASK_WINDOW_MS, Closed, Context, Event, FalseEntryError, State, made_at
 from bmoe.ledger.rules.voting import NEUTRAL, distance
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
 from bmoe.protocol.messages import Complaint, Output, Sealed, Task, open_message
@@ -126,6 +126,8 @@ def complaint(state: State, context: Context, entry: ComplaintEntry) -> list[Eve
     agent, key = sealed.header.author, (task.header.task, sealed.header.author)
     if key in state.complaints:
         raise RefusedError(f"{agent} has complained of task {task.header.task.hex()} already")
+    if made_at(task.header.task) + TASK_WINDOW_MS < state.time_ms:
+        raise RefusedError(f"task {task.header.task.hex()} is too old to complain of")
     state.complaints.add(key)
     return [Event("complaint", {"agent": agent, "task": task.header.task, "reason": sealed.header.reason})]
 

@@ -40,6 +40,8 @@ def genesis(state: State, context: Context, entry: Genesis) -> list[Event]:
     validators = dict(entry.validators)
     if not validators or len(validators) != len(entry.validators) or entry.quorum != quorum_of(len(validators)):
         raise RefusedError(f"{len(validators)} validators need a quorum of {quorum_of(len(validators))}")
+    if len(set(validators.values())) != len(validators):
+        raise RefusedError("two validators have one key: each counts once towards the quorum")
     for public_key in validators.values():
         check_public_key(public_key)
     state.origin, state.quorum, state.validators = entry.origin, entry.quorum, validators
@@ -87,6 +89,12 @@ def release(state: State, context: Context, entry: ReleaseEntry) -> list[Event]:
     if any(len(o[3]) != 8 for o in statement.outputs):
         raise MessageError("an output's tolerance is 8 bytes of float64")
     tolerances_of(statement)
+    known = state.releases.get(statement.digest)
+    # Verdicts under way and receipts of old ones are judged by it, so what it says of tensors never changes.
+    if known is not None and (known.batch, known.inputs, known.outputs) != (
+        statement.batch, statement.inputs, statement.outputs,
+    ):  # fmt: skip
+        raise RefusedError(f"expert {statement.digest.hex()[:16]} is released with other tensors or tolerances")
     state.releases[statement.digest] = statement
     state.release_statements[statement.digest] = entry.statement
     return [Event("release", {"model": statement.model, "expert": statement.digest})]
@@ -104,8 +112,15 @@ def model(state: State, context: Context, entry: ModelEntry) -> list[Event]:
         raise RefusedError(f"model {statement.model} names parts without a release: {', '.join(missing)}")
     if not 1 <= statement.top_k <= len(statement.experts):
         raise MessageError(f"top_k is {statement.top_k}, the model has {len(statement.experts)} experts")
+    known = state.versions.get((statement.model, statement.version))
+    if known is not None and _parts(known) != _parts(statement):
+        raise RefusedError(f"model {statement.model} has another version {statement.version}: give it the next number")
     state.models[statement.model] = state.versions[(statement.model, statement.version)] = statement
     return [Event("model", {"model": statement.model, "version": statement.version})]
+
+
+def _parts(model: ModelRelease) -> tuple[object, ...]:
+    return model.gate, model.experts, model.top_k, model.combine
 
 
 def tick(state: State, context: Context, entry: Tick) -> list[Event]:

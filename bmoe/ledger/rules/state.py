@@ -21,10 +21,17 @@ from bmoe.protocol.messages import Member, ModelRelease, Release, Sealed
 
 TASK_WINDOW_MS = 20 * 60 * 1000
 AHEAD_MAX_MS = 30 * 24 * 3600 * 1000
+TASK_ID_TIME_BYTES = 6
 PRUNE_LOOK = 64
 AS_OF_SLACK = 4096
+NO_GENESIS = "the first entry of a ledger must be its genesis"
 # What malformed content could still raise in a rule: it must become a rejected leaf, never halt the log.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
+
+def made_at(task: bytes) -> int:
+    """When a task id says that it was made, in ms since 1970."""
+    return int.from_bytes(task[:TASK_ID_TIME_BYTES], "big")
 
 
 class FalseEntryError(RefusedError):
@@ -126,7 +133,12 @@ class State:
 
     def role_of(self, author: str) -> str:
         """The certified role of a member."""
-        return "registrar" if author == "registrar" else self.members[author].role
+        if author == "registrar":
+            return "registrar"
+        member = self.members.get(author)
+        if member is None:
+            raise RefusedError(f"{author} is not enrolled on this ledger")
+        return member.role
 
     def standing(self, agent: str, size: int | None = None) -> Standing:
         """An agent's standing now, or when the tree had `size` leaves."""
@@ -220,8 +232,10 @@ def _apply_entry(state: State, context: Context, author: AuthorState, data: byte
         if entry is not None:
             _check_entry(state, context, entry)
             events = RULES[entry.TYPE](state, context, entry)
-        else:
+        elif state.origin:
             events = [Event("opaque", {"author": header.author})]
+        else:
+            raise RefusedError(NO_GENESIS)
     except (BmoeError, *UNFORESEEN) as error:
         if isinstance(error, FalseEntryError):
             author.fenced = str(error)
@@ -237,7 +251,7 @@ def _check_entry(state: State, context: Context, entry: Entry) -> None:
         if getattr(entry, name) != getattr(header, name):
             raise InputError(f"the entry's {name} is not its frame's")
     if not state.origin and not isinstance(entry, Genesis):
-        raise RefusedError("the first entry of a ledger must be its genesis")
+        raise RefusedError(NO_GENESIS)
 
 
 def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> Applied:
@@ -257,14 +271,17 @@ def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> 
 def _prune(state: State) -> None:
     """Forget closed tasks that can no longer be challenged, by ledger time alone, so that memory is bounded.
 
-    A few that expire late (a coordinator dated them ahead) must not hold up those behind them.
+    Those that expire late (a coordinator dated them ahead) go to the end, so that they never hold up those behind them.
     """
     for task, closed in list(islice(state.closed.items(), PRUNE_LOOK)):
+        if closed.expires_ms > state.time_ms + TASK_WINDOW_MS:
+            state.closed.move_to_end(task)
         if closed.expires_ms >= state.time_ms:
             continue
         del state.closed[task]
         for key in [k for k in state.claims if k[0] == task]:
             del state.claims[key]
-        state.complaints -= {k for k in state.complaints if k[0] == task}
+    # By the task's own date, for a task complained of may never get a verdict.
+    state.complaints -= {k for k in state.complaints if made_at(k[0]) + TASK_WINDOW_MS < state.time_ms}
     while state.answers and next(iter(state.answers.values())) < state.time_ms:
         state.answers.popitem(last=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Opened, Verdict
 from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
 from bmoe.ledger.rules.policies import Ballot, Decision, Vote, policy_named, verifies
-from bmoe.ledger.rules.policies.ballot import UNUSABLE
+from bmoe.ledger.rules.policies.ballot import IGNORED, UNUSABLE
 from bmoe.ledger.rules.standing import Act, Standing
 from bmoe.ledger.rules.state import (
     AHEAD_MAX_MS,
@@ -17,12 +17,11 @@ from bmoe.ledger.rules.state import (
     FalseEntryError,
     Slot,
     State,
+    made_at,
 )
 from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
 from bmoe.protocol.messages import Release
-
-TASK_ID_TIME_BYTES = 6
 
 
 def opened(state: State, context: Context, entry: Opened) -> list[Event]:
@@ -43,11 +42,6 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     for task, expert, rows in entry.tasks:
         state.open[task] = Slot(expert, rows, state.size)
     return [Event("opened", {"tasks": tuple(t[0] for t in entry.tasks)})]
-
-
-def made_at(task: bytes) -> int:
-    """When a task id says that it was made, in ms since 1970."""
-    return int.from_bytes(task[:TASK_ID_TIME_BYTES], "big")
 
 
 def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
@@ -81,8 +75,8 @@ def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
                 f"verdict on {entry.task.hex()}: {entry.policy} accepts {decision.accepted} with stances "
                 f"{decision.stances!r}, the entry claims {entry.accepted} with {entry.stances!r}"
             )
-    elif entry.outcome != "accepted" and entry.accepted != NOBODY:
-        raise FalseEntryError(f"verdict on {entry.task.hex()} is {entry.outcome} and yet accepts a value")
+    elif entry.outcome != "accepted" and (entry.accepted != NOBODY or set(entry.stances) - {IGNORED}):
+        raise FalseEntryError(f"verdict on {entry.task.hex()} is {entry.outcome} and yet accepts or judges a value")
     authors = _authors(entry)
     del state.open[entry.task]
     return _close(state, entry, authors)
@@ -141,7 +135,9 @@ def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
     index = len(entry.outputs) if entry.accepted == BY_REFEREE else entry.accepted
     opening = entry.openings[index] if entry.outcome == "accepted" else b""
     suspects = tuple(a for a, s in zip(authors, entry.stances, strict=True) if s in "d" + UNUSABLE)
-    contradicted = suspects if entry.referee else ()
+    # A referee's output that the policy did not ask for is no re-execution: the value accepted is not its own.
+    by_referee = entry.accepted == BY_REFEREE
+    contradicted = suspects if by_referee else ()
     state.closed[entry.task] = Closed(
         binding=Binding(entry.task, entry.expert, entry.input_root, entry.rows),
         index=state.size,
@@ -151,7 +147,7 @@ def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
         policy=entry.policy,
         opening=opening,
         outputs=dict(zip(authors, entry.stances, strict=True)),
-        reexecuted=bool(entry.referee),
+        reexecuted=by_referee,
         suspects=contradicted,
     )
     for agent in contradicted:
@@ -169,7 +165,7 @@ def _credit(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
     events: list[Event] = []
     for agent in agreeing:
         owner = state.members[agent].owner
-        backed = bool(entry.referee) or any(state.members[t].owner != owner for t in trusted - {agent})
+        backed = entry.accepted == BY_REFEREE or any(state.members[t].owner != owner for t in trusted - {agent})
         if backed:
             act = Act.DIAGNOSED if entry.policy == "diagnosis" else Act.CLEAN
             events += state.act(agent, act)
