@@ -156,8 +156,10 @@ class Decider:
             await self._committer.opened(job)
             kept = asyncio.ensure_future(self._keep(job))
             decision, as_of = await self._drive(running, only)
+            # At once, before anything is awaited: an output that still joined in would stand in the verdict without stance.
+            accepted = self._decided(running, decision)
             await kept
-            await self._close(running, decision, as_of)
+            await self._close(running, decision, accepted, as_of)
         except BmoeError as error:
             log.error("task_failed", task=job.task.hex(), error=str(error))
             _fail(job, error)
@@ -235,8 +237,8 @@ class Decider:
             running.collection.referee_failed = str(error)
             log.error("referee_failed", task=job.task.hex(), expert=job.expert.expert_name, error=str(error))
 
-    async def _close(self, running: _Running, decision: Decision, as_of: int) -> None:
-        """Hand the value to whoever waits, then enter the verdict, then tell the agents."""
+    def _decided(self, running: _Running, decision: Decision) -> Accepted | None:
+        """The value accepted, if any; whatever output comes from here on is late."""
         job, collection = running.job, running.collection
         accepted = _accepted(job, collection, decision)
         received = {a: r.envelope for a, r in collection.received.items()}
@@ -246,6 +248,11 @@ class Decider:
         while len(self._done) > CLOSED_KEPT:
             self._done.popitem(last=False)
         self._release(running)
+        return accepted
+
+    async def _close(self, running: _Running, decision: Decision, accepted: Accepted | None, as_of: int) -> None:
+        """Hand the value to whoever waits, then enter the verdict, then tell the agents."""
+        job, collection = running.job, running.collection
         reason = collection.referee_failed or ("" if accepted else "no decision within the deadline")
         entering = asyncio.ensure_future(self._committer.verdict(job, collection, decision, as_of, reason))
         await asyncio.sleep(0)

@@ -178,14 +178,14 @@ class Fleet:
         fields = {"origin": self.origin, "registrar": self.registrar.public_key, "validators": validators}
         return Genesis, {**fields, "quorum": quorum_of(len(validators)), "rules": RULES_VERSION}
 
-    def member(self, name: str, role: str) -> Kind:
+    def member(self, name: str, role: str, owner: str = "") -> Kind:
         """The enrolment of one member."""
         statement = Member(
             **self.common("registrar"),
             member=name,
             role=role,
             public_key=self.signers[name].public_key,
-            owner=f"owner-{name}",
+            owner=owner or f"owner-{name}",
             batch="",
             spki=bytes(32),
             issued_ms=self.now_ms,

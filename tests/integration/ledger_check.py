@@ -98,7 +98,7 @@ async def check_ledger(state_dir: Path, within_s: float = 40.0) -> LedgerFacts:
 async def _read(stream: LedgerStream, facts: LedgerFacts) -> None:
     """Fold until all is closed and a tick has marked it; what came before our first look is read in any case."""
     height, tree = await stream.height(), Frontier()
-    async with contextlib.aclosing(stream.follow(0)) as messages:
+    async with contextlib.aclosing(stream.follow(0)) as messages:  # type: ignore[type-var]
         async for message in messages:
             _take(facts, tree, message)
             if message.position >= height and not facts.state.open and facts.state.size in facts.roots:

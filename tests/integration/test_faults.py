@@ -22,6 +22,7 @@ from ledger_check import check_ledger
 from benchmarks.fleet import GATEWAY, AgentSpec, LocalFleet, specs
 from benchmarks.processes import descendants
 from bmoe.ledger.rules.receipt import verify_receipt
+from bmoe.ledger.stream import ACK_TIMEOUT_S
 from bmoe.protocol.messages import MAX_TENSORS, Output, open_message
 from coordinator.embedded.ports import read_ports
 from coordinator.state_layout import StateLayout
@@ -154,9 +155,15 @@ async def test_a_broker_silent_for_longer_than_a_task_leaves_the_referee_to_answ
 async def test_a_killed_ledger_engine_loses_no_acknowledged_entry(fleet: LocalFleet) -> None:
     async with Load(fleet, clients=4, waits=("committed",)) as load:
         await load.more(4, BACK_WITHIN_S)
-        acknowledged = [call.answer for call in load.calls if call.answer is not None]
+        await load.flying(4)
+        acknowledged = load.answers
         await kill_in_gateway(fleet, "ledger")
-        await load.more(6, BACK_WITHIN_S)
+        await load.more(4, BACK_WITHIN_S)
+        os.kill(gateway_pid(fleet, "ledger"), signal.SIGSTOP)
+        await asyncio.sleep(ACK_TIMEOUT_S + 0.5)  # the fault: what authors hand over is neither taken nor refused
+        acknowledged += load.answers
+        await kill_in_gateway(fleet, "ledger")
+        await load.more(4, BACK_WITHIN_S)
     facts = await check_ledger(fleet.state)
     load.check(facts)
     for answer in acknowledged:

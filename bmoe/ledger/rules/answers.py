@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bmoe.ledger.rules.combine import combine, unpack_choices
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
 from bmoe.ledger.rules.entries import Answer
@@ -33,7 +35,7 @@ def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -
     model = state.versions.get((entry.model, entry.version))
     if model is None or entry.gate != model.gate:
         raise MessageError(f"model {entry.model} version {entry.version} with this gate is not released")
-    if len(entry.openings) != len(entry.tasks) or len(set(entry.tasks)) != len(entry.tasks):
+    if not entry.tasks or len(entry.openings) != len(entry.tasks) or len(set(entry.tasks)) != len(entry.tasks):
         raise MessageError("an answer names each task once, with its opening")
     if entry.top_k != model.top_k:
         raise MessageError(f"model {entry.model} takes {model.top_k} experts a row, the answer {entry.top_k}")
@@ -46,7 +48,7 @@ def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -
         accepted_tensors(attachments, digest, release, _rows(state, task))
         for task, digest, release in zip(entry.tasks, entry.openings, releases, strict=True)
     ]
-    check_size(attachments, entry, outputs, releases[0].batch if releases else False)
+    check_size(attachments, entry, outputs, releases[0].batch)
     result = combine(model.combine, choices, outputs, releases[0].batch)
     check_result(attachments, entry, result)
 
@@ -77,9 +79,9 @@ def check_size(
     attachments: dict[bytes, bytes], entry: Answer, outputs: Sequence[tuple[Tensor, ...]], batch: bool
 ) -> None:
     """The result must be as large as the combination before that is made: 4096 rows may all name one huge row."""
-    first = outputs[0] if outputs else ()
-    rows = [entry.rows if batch and t.dims else 1 for t in first]
-    size = sum(n * len(t.data) // (t.dims[0] or 1 if batch and t.dims else 1) for n, t in zip(rows, first, strict=True))
+    size = sum(
+        entry.rows * len(t.data) // max(1, t.dims[0]) if batch and t.dims else len(t.data) for t in outputs[0]
+    )
     parts = read_bstrs(attachments.get(entry.result_opening, b""), 0, MAX_TENSORS + 1)
     found = sum(map(len, parts[1:]))
     if found != size:

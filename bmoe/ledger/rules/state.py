@@ -271,10 +271,10 @@ def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> 
 def _prune(state: State) -> None:
     """Forget closed tasks that can no longer be challenged, by ledger time alone, so that memory is bounded.
 
-    Those that expire late (a coordinator dated them ahead) go to the end, so that they never hold up those behind them.
+    Those that expire far too late (a coordinator dated them ahead) go to the end: they never hold up those behind them.
     """
     for task, closed in list(islice(state.closed.items(), PRUNE_LOOK)):
-        if closed.expires_ms > state.time_ms + TASK_WINDOW_MS:
+        if closed.expires_ms > state.time_ms + 2 * TASK_WINDOW_MS:
             state.closed.move_to_end(task)
         if closed.expires_ms >= state.time_ms:
             continue
