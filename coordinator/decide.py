@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import random
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
 
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY
-from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import tolerances_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
-from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
-from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
-from bmoe.protocol.envelope import split_envelope
+from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.messages import Output, Sealed
 from coordinator.collect import Collection, Do, Received
@@ -28,13 +23,13 @@ from coordinator.commit import Committer
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
 from coordinator.jobs import Accepted, Job
+from coordinator.late import Done, Latecomers, Tally
 from coordinator.receive import receive_output
 from coordinator.referee import Referee
 from coordinator.route import choose_agents
 
 log = structlog.get_logger("decide")
 COORDINATOR = "coordinator"
-CLOSED_KEPT = 4096
 FIRST_HEDGE_S = 1.0  # while nobody knows yet how long an expert takes; boards may still have to fetch it
 STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
 
@@ -49,35 +44,12 @@ class Timing:
 
 
 @dataclass
-class Tally:
-    """What has been done so far, for operators and the demo."""
-
-    tasks: int = 0
-    outputs: int = 0
-    undecided: int = 0
-    hedges: int = 0
-    late: int = 0
-    refused_outputs: int = 0
-
-
-@dataclass
 class _Running:
     """A job whose verdict is still to come."""
 
     job: Job
     collection: Collection
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A job just decided: late outputs are still compared with it."""
-
-    job: Job
-    assigned: frozenset[str]
-    received: dict[str, bytes]
-    value: Candidate | None
-    by_referee: bool
 
 
 class Decider:
@@ -98,8 +70,8 @@ class Decider:
         self._spawn = spawn
         self._random = random.SystemRandom()
         self._running: dict[bytes, _Running] = {}
-        self._done: OrderedDict[bytes, _Done] = OrderedDict()
         self.tally = Tally()
+        self.late = Latecomers(state, fleet, committer, spawn, self.tally)
 
     def start(self, job: Job, only: str | None = None) -> None:
         """Run a job in the background; `only` names the one agent to ask (diagnosis)."""
@@ -115,16 +87,16 @@ class Decider:
         agent, task = sealed.header.author, sealed.header.task
         running = self._running.get(task)
         if running is None:
-            self._on_late(sealed)
+            self.late.on_output(sealed)
             return
         collection = running.collection
         if agent not in collection.assigned:
-            self._refuse(sealed, "it was not given this task")
+            self.late.refuse(sealed, "it was not given this task")
             return
         known = collection.received.get(agent)
         if known is not None:
             if known.envelope != sealed.raw:
-                self._equivocated(agent, task, known.envelope, sealed.raw)
+                self.late.equivocated(agent, task, known.envelope, sealed.raw)
             return
         received = receive_output(sealed, running.job.binding, running.job.expert)
         collection.received[agent] = received
@@ -163,6 +135,9 @@ class Decider:
         except BmoeError as error:
             log.error("task_failed", task=job.task.hex(), error=str(error))
             _fail(job, error)
+        except Exception:  # a fault of ours: whoever waits must hear of it all the same
+            log.exception("task_failed", task=job.task.hex())
+            _fail(job, UnavailableError(f"task {job.task.hex()} failed: internal error, see the coordinator's log"))
         finally:
             self._release(running)
 
@@ -179,6 +154,7 @@ class Decider:
             for agent in collection.pending():
                 if not self._fleet.of(agent).online:
                     collection.refused[agent] = "offline"
+                    self._fleet.unanswered(agent)
             as_of = self._state.size
             ballot = collection.ballot(self._state.standing, lambda a: self._state.members[a].owner, now)
             step = collection.step(ballot, now)
@@ -244,9 +220,7 @@ class Decider:
         received = {a: r.envelope for a, r in collection.received.items()}
         by_referee = decision.accepted == BY_REFEREE
         value = Candidate("accepted", tuple(t.data for t in accepted.tensors)) if accepted else None
-        self._done[job.task] = _Done(job, frozenset(collection.assigned), received, value, by_referee)
-        while len(self._done) > CLOSED_KEPT:
-            self._done.popitem(last=False)
+        self.late.remember(Done(job, frozenset(collection.assigned), received, value, by_referee))
         self._release(running)
         return accepted
 
@@ -284,63 +258,6 @@ class Decider:
         for agent in running.collection.pending():
             self._fleet.unanswered(agent)
 
-    def _on_late(self, sealed: Sealed[Output]) -> None:
-        """Late outputs never alter the vote; a second, different one is proof of lying all the same."""
-        agent, task = sealed.header.author, sealed.header.task
-        done = self._done.get(task)
-        if done is None:
-            self._refuse(sealed, "the task is unknown or long closed")
-            return
-        first = done.received.get(agent)
-        if agent not in done.assigned:
-            self._refuse(sealed, "it was not given this task")
-        elif first is None:
-            done.received[agent] = sealed.raw
-            self._compare_late(sealed, done)
-        elif first != sealed.raw:
-            self._equivocated(agent, task, first, sealed.raw)
-        else:
-            self._refuse(sealed, "it is a replay of an output already counted")
-
-    def _compare_late(self, sealed: Sealed[Output], done: _Done) -> None:
-        """A late output that a re-execution contradicts makes its author suspect, as one in time would have."""
-        agent, job = sealed.header.author, done.job
-        candidate = receive_output(sealed, job.binding, job.expert).candidate
-        self.tally.late += 1
-        self._fleet.of(agent).silent = 0
-        dissent = candidate is None
-        if candidate is not None and done.value is not None:
-            dissent = distance(done.value, candidate, tolerances_of(job.expert)) > NEUTRAL
-        log.info("output_late", agent=agent, task=job.task.hex(), dissent=dissent)
-        if dissent and done.by_referee:
-            self._fleet.suspect(agent)
-
-    def _equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
-        log.warning("equivocation", agent=agent, task=task.hex())
-        self._fleet.suspect(agent)
-        if self._state.standing(agent) is not Standing.REVOKED:
-            self._spawn(_entered(self._committer.equivocation(first, second)))
-
-    def _refuse(self, sealed: Sealed[Output], reason: str) -> None:
-        """Not counted, named in the log, and kept as signed evidence."""
-        agent = sealed.header.author
-        self.tally.refused_outputs += 1
-        evidence = self.keep_evidence(agent, sealed.message())
-        log.warning("output_refused", agent=agent, task=sealed.header.task.hex(), reason=reason, evidence=evidence)
-
-    def keep_evidence(self, agent: str, message: bytes) -> str:
-        """Keep a message that an agent signed, at most a few a minute for each; its SHA-256 in hex, or empty.
-
-        Of a large one only the envelope is kept, which convicts as well: a liar must not push out honest evidence.
-        """
-        if not self._fleet.of(agent).may_keep(time.monotonic()):
-            return ""
-        if len(message) > INLINE_BYTES:
-            message = message[: split_envelope(message)[1]]
-        digest = hashlib.sha256(message).digest()
-        self._spawn(self._committer.keep_evidence(digest, message))
-        return digest.hex()
-
 
 def _accepted(job: Job, collection: Collection, decision: Decision) -> Accepted | None:
     if decision.accepted == NOBODY:
@@ -365,10 +282,6 @@ def _fail(job: Job, error: Exception) -> None:
     for call in job.calls:
         if not call.done.done():
             call.done.set_exception(error)
-
-
-async def _entered(entering: Awaitable[int]) -> None:
-    await entering
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -254,7 +254,7 @@ class Gateway:
             self._on_sealed(device, open_from(self.state, topic, payload, kind))
         except BmoeError as error:
             signed = signed_by(self.state, device, payload, kind)
-            evidence = self.decider.keep_evidence(device, payload) if signed else ""
+            evidence = self.decider.late.keep_evidence(device, payload) if signed else ""
             log.warning("message_refused", agent=device, topic=topic, error=str(error), evidence=evidence)
 
     def _on_sealed(self, device: str, sealed: Any) -> None:
