@@ -12,7 +12,7 @@ from typing import Any
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.rules.combine import Choices
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
-from bmoe.ledger.rules.entries import MAX_OUTPUTS, NOBODY, Answer, Equivocation, Opened, Verdict
+from bmoe.ledger.rules.entries import MAX_LEAF_BYTES, MAX_OUTPUTS, NOBODY, Answer, Equivocation, Opened, Verdict
 from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.policies import Decision, policy_named
@@ -21,6 +21,9 @@ from bmoe.protocol.tensors import Tensor
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.collect import Collection
 from coordinator.jobs import Accepted, Job, Request
+
+# Of an answer's leaf, kept for everything but the choices: up to 80 tasks with their openings, specs, roots.
+REST_OF_ANSWER = 5 * 1024
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,11 @@ class Committer:
         large = [(hashlib.sha256(o).digest(), o) for o in openings if len(o) > INLINE_BYTES]
         if large:
             await self._evidence.keep(large)
+
+
+def answer_rows_max(top_k: int) -> int:
+    """How many rows an answer can have: its packed choices, 10 bytes each, must fit a leaf beside the rest of the entry."""
+    return max(1, (MAX_LEAF_BYTES - REST_OF_ANSWER) // (10 * top_k))
 
 
 def commit_result(request: Request, tensors: tuple[Tensor, ...]) -> Result:

@@ -27,7 +27,7 @@ from bmoe.protocol.topics import every_device, parse_topic
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.answer import Answered, Answerer
 from coordinator.catalogue import Catalogue
-from coordinator.commit import Committer
+from coordinator.commit import Committer, answer_rows_max
 from coordinator.config import GatewaySettings
 from coordinator.decide import Decider, Timing
 from coordinator.diagnose import Diagnosis
@@ -149,7 +149,8 @@ class Gateway:
         if self._in_work >= self.settings.requests_waiting:
             raise UnavailableError(f"{self._in_work} requests are in work, the limit: try again")
         model = self.catalogue.get(name)
-        request = take_in(body, model, tenant, self.settings.policy, self.settings.request_rows)
+        rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
+        request = take_in(body, model, tenant, self.settings.policy, rows_max)
         self._in_work += 1
         try:
             return await self.answerer.answer(request)

@@ -15,8 +15,10 @@ from bmoe.protocol.envelope import seal
 from bmoe.protocol.errors import EncodingError, EnvelopeError, MessageError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import (
+    MAX_ATTACHMENT_BYTES,
     MESSAGES,
     REFUSALS,
+    FrameHeader,
     Health,
     Output,
     Refusal,
@@ -187,3 +189,23 @@ def test_tensors_must_fit_their_description() -> None:
         tensors_from(specs, [bytes(5)])
     with pytest.raises(MessageError, match="dtype 'complex64' is not one of"):
         tensors_from((("x", "complex64", (1,)),), [bytes(8)])
+
+
+@pytest.mark.parametrize(
+    ("attachment", "good"),
+    [
+        ((bytes(32), MAX_ATTACHMENT_BYTES, False), True),
+        ((bytes(32), MAX_ATTACHMENT_BYTES + 1, False), False),
+        ((bytes(32), -1, False), False),
+        ((bytes(31), 1, False), False),
+        ((bytes(32), 1, 0), False),
+        ((bytes(32), 1), False),
+    ],
+)
+def test_a_frame_cannot_make_its_readers_fetch_without_limit(attachment: Any, good: bool) -> None:
+    frame = FrameHeader(**COMMON, previous=bytes(32), time_ms=1, entries=(), attachments=(attachment,))
+    if good:
+        assert from_bytes(FrameHeader, frame.to_bytes()) == frame
+    else:
+        with pytest.raises(MessageError, match="attachments must be"):
+            from_bytes(FrameHeader, frame.to_bytes())

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmoe.ledger.rules.policies import FOR_CLIENTS, POLICIES, Ballot, Need, Vote, policy_named
+from bmoe.ledger.rules.policies import FOR_CLIENTS, POLICIES, Ballot, Need, Vote, policy_named, verifies
 from bmoe.ledger.rules.policies.ballot import BY_REFEREE, IGNORED, NOBODY, accept
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.voting import Candidate, Tolerance
@@ -194,7 +194,7 @@ def test_quorum_is_a_strict_majority_of_those_assigned_not_of_those_heard(
 ) -> None:
     agreeing = min(agreeing, assigned)
     value, _, need = _decide("quorum", *[_vote(i, HONEST) for i in range(agreeing)], assigned=assigned, closed=closed)
-    if 2 * agreeing > assigned:
+    if 2 * agreeing > assigned and agreeing > 1:  # one agent alone verifies nothing, not even of one assigned
         assert value == HONEST
     else:
         expected = Need.OUTPUTS if not closed else Need.REPLICAS if assigned < 15 else Need.NOTHING
@@ -233,3 +233,9 @@ def test_policies_are_asked_for_by_name_and_version() -> None:
 def test_an_unusable_value_cannot_be_accepted() -> None:
     with pytest.raises(ValueError, match="usable"):
         accept(_ballot(_vote(0, UNUSABLE)), 0)
+
+
+def test_only_what_was_verified_is_called_verified() -> None:
+    """An answer of `single`, or of a policy that this reader does not know, must never be shown as verified."""
+    assert {name for name in POLICIES if not verifies(name)} == {"single"}
+    assert not verifies("invented") and not verifies("")

@@ -79,9 +79,7 @@ def check_size(
     attachments: dict[bytes, bytes], entry: Answer, outputs: Sequence[tuple[Tensor, ...]], batch: bool
 ) -> None:
     """The result must be as large as the combination before that is made: 4096 rows may all name one huge row."""
-    size = sum(
-        entry.rows * len(t.data) // max(1, t.dims[0]) if batch and t.dims else len(t.data) for t in outputs[0]
-    )
+    size = sum(entry.rows * len(t.data) // max(1, t.dims[0]) if batch and t.dims else len(t.data) for t in outputs[0])
     parts = read_bstrs(attachments.get(entry.result_opening, b""), 0, MAX_TENSORS + 1)
     found = sum(map(len, parts[1:]))
     if found != size:

@@ -38,6 +38,7 @@ class Act(enum.Enum):
 
     CLEAN = "clean"
     DIAGNOSED = "diagnosed"
+    MISDIAGNOSED = "misdiagnosed"
     REFUTED = "refuted"
     EQUIVOCATED = "equivocated"
     DISMISSED = "dismissed"
@@ -66,6 +67,8 @@ class Record:
             self.clean += 1
         elif act is Act.DIAGNOSED:
             self.diagnosed += 1
+        elif act is Act.MISDIAGNOSED:
+            self.diagnosed = 0
         elif act is Act.REFUTED:
             self.refutations += 1
             self.clean = self.diagnosed = 0

@@ -21,13 +21,19 @@ from bmoe.ledger.rules.state import (
 )
 from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
-from bmoe.protocol.messages import Release
+from bmoe.protocol.messages import MAX_ROWS, Release
+
+OPEN_MAX = 65_536
 
 
 def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     """Open slots. A task id begins with its time (ms, 6 bytes), so that an id can never be opened twice."""
     _coordinator(state, entry.author)
-    for task, expert, _ in entry.tasks:
+    if len(state.open) + len(entry.tasks) > OPEN_MAX:
+        raise RefusedError(f"{len(state.open)} tasks are open, the limit is {OPEN_MAX}: close some first")
+    for task, expert, rows in entry.tasks:
+        if not 1 <= rows <= MAX_ROWS:
+            raise RefusedError(f"task {task.hex()} has {rows} rows, 1..{MAX_ROWS} are possible")
         made_ms = made_at(task)
         if abs(made_ms - entry.time_ms) > TASK_WINDOW_MS // 2 or made_ms < state.time_ms - TASK_WINDOW_MS // 2:
             raise RefusedError(f"task {task.hex()} was not made within 10 minutes of its entry")
@@ -160,6 +166,10 @@ def _credit(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
     """An output agreed with a re-execution, or with a trusted agent's of another owner: that is a clean one."""
     if entry.outcome != "accepted" or not verifies(entry.policy):
         return []
+    if entry.policy == "diagnosis":
+        letters = zip(authors, entry.stances, strict=True)
+        acts = {"a": Act.DIAGNOSED, "d": Act.MISDIAGNOSED, UNUSABLE: Act.MISDIAGNOSED}
+        return [event for agent, s in letters if s in acts for event in state.act(agent, acts[s])]
     agreeing = [a for a, s in zip(authors, entry.stances, strict=True) if s == "a"]
     trusted = {a for a in agreeing if state.standing(a, entry.as_of) is Standing.TRUSTED}
     events: list[Event] = []
@@ -167,8 +177,7 @@ def _credit(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
         owner = state.members[agent].owner
         backed = entry.accepted == BY_REFEREE or any(state.members[t].owner != owner for t in trusted - {agent})
         if backed:
-            act = Act.DIAGNOSED if entry.policy == "diagnosis" else Act.CLEAN
-            events += state.act(agent, act)
+            events += state.act(agent, Act.CLEAN)
     return events
 
 

@@ -10,10 +10,10 @@ REPLICAS_MAX = 15
 
 
 def decide(ballot: Ballot) -> Decision:
-    """Accept the medoid of a clique that is a strict majority of all agents assigned."""
+    """Accept the medoid of a clique of two or more that is a strict majority of all agents assigned."""
     counted = ballot.counted()
     clique = largest_clique(candidates(ballot, counted), ballot.tolerances)
-    if clique is not None and len(clique.members) > ballot.assigned // 2:
+    if clique is not None and len(clique.members) > max(ballot.assigned // 2, 1):
         return accept(ballot, counted[clique.medoid])
     if not ballot.closed:
         return undecided(ballot, Need.OUTPUTS)

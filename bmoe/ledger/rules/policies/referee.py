@@ -1,6 +1,7 @@
 """`referee`, the default: two agreeing replicas of different owners, one of them trusted; else a re-execution.
 
-Right whenever one of those asked is honest and the referee is, whatever the share of malicious agents. Outputs of
+Right whenever one of those whose outputs are counted is honest and the referee is, whatever the share of malicious
+agents. Outputs of
 agents on probation are accepted only with a referee's or a trusted agent's of another owner.
 """
 

@@ -1,0 +1,98 @@
+"""Decide: what comes between the decision and its entry is late, however long the disk takes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ledger_fixtures import TOY, Fleet, Kind, OpenTask, inputs_for, tensor_of
+from rules_helpers import founded
+
+from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.rules.entries import Verdict, parse_entry
+from bmoe.ledger.rules.outputs import Binding
+from bmoe.ledger.rules.state import Applied
+from bmoe.protocol.messages import MAX_TENSORS, Output, open_message
+from bmoe.storage.evidence import EvidenceStore
+from coordinator.commit import Committer
+from coordinator.decide import Decider, Timing
+from coordinator.dispatch import Dispatcher
+from coordinator.fleet import Fleet as View
+from coordinator.jobs import Call, Job
+from coordinator.referee import Referee
+
+AGENTS = ("agent-1", "agent-2", "agent-3")
+
+
+class Site:
+    """A coordinator's surroundings, held still: a ledger folded at once, agents that answer when told, a slow disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.ledger: Fleet = founded(len(AGENTS))
+        self.applied: list[Applied] = []
+        self.asked: asyncio.Queue[str] = asyncio.Queue()
+        self.disk = asyncio.Event()
+        self.running: list[asyncio.Future[Any]] = []
+        view = View(self.ledger.state, folder / "fleet.json")
+        for agent in AGENTS:
+            view.of(agent).online = True
+        committer = Committer(cast(FrameAuthor, self), cast(EvidenceStore, self))
+        timing = Timing(task_s=10.0, hedge_min_s=10.0, referee_s=1.0)
+        self.decider = Decider(
+            self.ledger.state, view, cast(Dispatcher, self), cast(Referee, None), committer, timing, self.spawn
+        )
+
+    def spawn(self, work: Awaitable[Any]) -> None:
+        self.running.append(asyncio.ensure_future(work))
+
+    async def enter(self, *kinds: Kind, attachments: Sequence[bytes] = ()) -> int:
+        self.applied.append(self.ledger.enter("coordinator", *kinds, attachments=attachments))
+        return len(self.applied)
+
+    async def keep(self, items: object) -> None:
+        await self.disk.wait()
+
+    def task_message(self, job: Job, agent: str, timeout_ms: int) -> bytes:
+        return b""
+
+    def send(self, agent: str, message: bytes) -> None:
+        self.asked.put_nowait(agent)
+
+    def notify(self, *_: object) -> None:
+        pass
+
+    def job(self, policy: str) -> tuple[Job, OpenTask]:
+        """A job over a slot that `Decider` is to open."""
+        task, _ = self.ledger.opened(inputs_for(2))
+        release, x = self.ledger.state.releases[TOY], tensor_of("x", task.x)
+        call = Call("public", release, policy, (x,), task.rows)
+        binding = Binding(task.task, TOY, task.input_root, task.rows)
+        return Job(binding, "toy", release, policy, (x,), task.salt, (call,), 0.0), task
+
+    def answer(self, agent: str, task: OpenTask) -> None:
+        message = self.ledger.output(agent, task).message
+        self.decider.on_output(open_message(Output, message, parts_max=MAX_TENSORS + 1))
+
+
+async def test_an_output_that_comes_while_the_input_is_being_kept_has_no_part_in_the_verdict(tmp_path: Path) -> None:
+    """It once stood in the verdict without a stance: the verdict was rejected, and the answer's author fenced."""
+    site = Site(tmp_path)
+    job, task = site.job("quorum")
+    site.decider.start(job)
+    first, second, third = [await site.asked.get() for _ in AGENTS]
+    site.answer(first, task)
+    site.answer(second, task)
+    for _ in range(10):  # turns in which the majority decides; the disk holds the rest up
+        await asyncio.sleep(0)
+    site.answer(third, task)
+    site.disk.set()
+    await asyncio.gather(*site.running)
+    assert [e.kind for a in site.applied for e in a.events if e.kind in ("opened", "verdict", "rejected")] == [
+        "opened",
+        "verdict",
+    ]
+    verdict = parse_entry(site.applied[-1].leaves[0])
+    assert isinstance(verdict, Verdict) and len(verdict.outputs) == len(verdict.stances) == 2
+    assert site.decider.tally.late == 1 and (await job.calls[0].done)[0].task == task.task
