@@ -1,5 +1,7 @@
 # One command each: every target makes its own environment. PYTHON picks the interpreter (3.11 to 3.13).
 PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
 VENV_TRAIN := .venv-train
 BIN := $(VENV)/bin
@@ -15,6 +17,7 @@ help:
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
+	@echo "make soak          twenty demos in a row, with twenty seeds"
 	@echo "make lint          ruff, mypy and the import contract"
 	@echo "make check-all     everything"
 
@@ -50,7 +53,7 @@ test-wheel: $(VENV)/.ready
 
 soak: $(VENV)/.ready
 	@for seed in $$(seq 1 20); do \
-	  $(BIN)/python -m benchmarks.demo --plain --seed $$seed | tail -1 || exit 1; done
+	  $(BIN)/python -m benchmarks.demo --plain --seed $$seed | tail -n 1 || { echo "seed $$seed failed"; exit 1; }; done
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
