@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from bmoe.ledger.rules.combine import Choices, combine
-from bmoe.protocol.errors import BmoeError
+from bmoe.protocol.errors import BmoeError, MessageError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Promise, seal_header
 from bmoe.protocol.tensors import take_rows
@@ -22,6 +22,8 @@ from coordinator.jobs import Accepted, Call, Counter, Request
 from coordinator.share import Sharer
 
 log = structlog.get_logger("answer")
+TASKS_MAX = 80
+SETTLE_S = 8.0
 
 
 @dataclass(frozen=True)
@@ -91,11 +93,17 @@ class Answerer:
 
     async def _gather(self, request: Request, routing: Routing) -> tuple[Choices, list[Accepted]]:
         """Send each activated expert its rows; where each choice's value is to be found."""
+        # Small tasks where asked for, but never more of them than an answer's leaf can name.
+        size = max(self._task_rows, -(-routing.experts.size // (TASKS_MAX // 2)))
         calls: list[tuple[int, list[int], Call]] = []
         for index in sorted(set(routing.experts.reshape(-1).tolist())):
             rows = routing.rows_of(index) if request.model.batch else [0]
-            for start in range(0, len(rows), self._task_rows):
-                calls.append(self._call(request, index, rows[start : start + self._task_rows]))
+            for start in range(0, len(rows), size):
+                calls.append(self._call(request, index, rows[start : start + size]))
+        if len(calls) > TASKS_MAX:
+            raise MessageError(
+                f"the request activates {len(calls)} experts, an answer can name {TASKS_MAX}: fewer rows"
+            )
         for _, _, call in calls:
             self._sharer.add(call)
         done = await asyncio.gather(*(call.done for _, _, call in calls))
@@ -139,6 +147,6 @@ class Answerer:
         task.add_done_callback(self._entering.discard)
 
     async def settle(self) -> None:
-        """Wait until every answer given is on the ledger: what a clean stop owes its clients."""
+        """Wait, within bounds, until every answer given is on the ledger: what a clean stop owes its clients."""
         if self._entering:
-            await asyncio.wait(self._entering)
+            await asyncio.wait(self._entering, timeout=SETTLE_S)

@@ -5,6 +5,7 @@ Source: kserve/open-inference-protocol, specification/protocol/inference_rest.md
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -24,6 +25,7 @@ from coordinator.intake import DATATYPE_OF
 
 log = structlog.get_logger("api")
 TENANT = "public"
+BODY_S = 30.0
 STATUS: tuple[tuple[type[BmoeError], int], ...] = (
     (RefusedError, 403),
     (InputError, 400),
@@ -112,8 +114,12 @@ async def _model_ready(gateway: Gateway, request: Request) -> Response:
 
 async def _infer(gateway: Gateway, request: Request) -> Response:
     _check_version(gateway, request)
-    body = await _body(request, gateway.settings.body_bytes)
-    answered = await gateway.infer(request.path_params["model"], body, TENANT)
+    with gateway.admitted():
+        try:
+            body = await asyncio.wait_for(_body(request, gateway.settings.body_bytes), BODY_S)
+        except asyncio.TimeoutError:
+            raise InputError(f"the body did not come within {BODY_S:g} s") from None
+        answered = await gateway.infer(request.path_params["model"], body, TENANT)
     return _json(_response(answered))
 
 

@@ -66,8 +66,10 @@ class Committer:
         """Keep a signed message by its digest, whatever it proves."""
         await self._evidence.keep([(digest, message)])
 
-    async def verdict(self, job: Job, collection: Collection, decision: Decision, as_of: int, reason: str) -> int:
-        """Enter a verdict; the position of its frame."""
+    async def verdict(
+        self, job: Job, collection: Collection, decision: Decision, as_of: int, reason: str
+    ) -> asyncio.Future[int]:
+        """Queue a verdict, its large openings kept; the future gives the position of its frame."""
         received = list(collection.received.values())[:MAX_OUTPUTS]
         referee = collection.referee
         openings = [r.opening for r in (*received, *([referee] if referee else []))]
@@ -90,7 +92,7 @@ class Committer:
             "reason": reason[:200],
         }
         await self._keep_large(openings)
-        return await self._author.enter((Verdict, fields), attachments=openings)
+        return self._author.submit([(Verdict, fields)], openings)
 
     async def abandon(self, task: bytes, expert: bytes, rows: int, as_of: int) -> int:
         """Close a slot that an earlier run of this coordinator left open."""
@@ -104,7 +106,8 @@ class Committer:
         return await self._author.enter((Verdict, fields))
 
     async def answer(self, request: Request, choices: Choices, tasks: Sequence[Accepted], result: Result) -> int:
-        """Enter an answer; the position of its frame."""
+        """Enter an answer, once its verdicts are on the ledger: what it rests on must stand first. Its frame's position."""
+        await asyncio.gather(*(a.entered for a in tasks if a.entered is not None))
         openings = [a.opening for a in tasks]
         own = opening_of(result.salt, result.tensors)
         fields = {

@@ -6,17 +6,18 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY
+from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import tolerances_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import Candidate
-from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.messages import Output, Sealed
 from coordinator.collect import Collection, Do, Received
 from coordinator.commit import Committer
@@ -24,7 +25,7 @@ from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
 from coordinator.jobs import Accepted, Job
 from coordinator.late import Done, Latecomers, Tally
-from coordinator.receive import receive_output
+from coordinator.receive import outputs_max, receive_output
 from coordinator.referee import Referee
 from coordinator.route import choose_agents
 
@@ -98,7 +99,13 @@ class Decider:
             if known.envelope != sealed.raw:
                 self.late.equivocated(agent, task, known.envelope, sealed.raw)
             return
-        received = receive_output(sealed, running.job.binding, running.job.expert)
+        try:
+            received = receive_output(sealed, running.job.binding, running.job.expert)
+        except (InputError, RefusedError) as error:
+            self.late.refuse(sealed, str(error))
+            self._fleet.suspect(agent)
+            self.on_refusal(agent, task, "bad-output", str(error))
+            return
         collection.received[agent] = received
         presence = self._fleet.of(agent)
         presence.load = max(0, presence.load - 1)
@@ -179,15 +186,16 @@ class Decider:
             return
         eligible = len(self._fleet.eligible(()))
         wanted = running.collection.policy.replicas(eligible)
-        self._ask(running, max(wanted, 1))
+        self._ask(running, min(max(wanted, 1), outputs_max(running.job.expert)))
 
     def _ask(self, running: _Running, count: int) -> None:
         collection = running.collection
         policy = collection.policy
+        room = outputs_max(running.job.expert) - len(collection.assigned)
         eligible = self._fleet.eligible(collection.assigned)
         owners = [self._state.members[a].owner for a in collection.assigned]
         chosen = choose_agents(
-            eligible, count, self._random, taken_owners=owners, distinct_owners=policy.distinct_owners
+            eligible, min(count, room), self._random, taken_owners=owners, distinct_owners=policy.distinct_owners
         )
         self._send(running, chosen, count)
 
@@ -219,22 +227,24 @@ class Decider:
         accepted = _accepted(job, collection, decision)
         received = {a: r.envelope for a, r in collection.received.items()}
         by_referee = decision.accepted == BY_REFEREE
-        value = Candidate("accepted", tuple(t.data for t in accepted.tensors)) if accepted else None
-        self.late.remember(Done(job, frozenset(collection.assigned), received, value, by_referee))
+        small = accepted is not None and len(accepted.opening) <= INLINE_BYTES
+        value = Candidate("accepted", tuple(t.data for t in accepted.tensors)) if accepted and small else None
+        self.late.remember(
+            Done(job.binding, job.expert, frozenset(collection.assigned), received, value, by_referee and small)
+        )
         self._release(running)
         return accepted
 
     async def _close(self, running: _Running, decision: Decision, accepted: Accepted | None, as_of: int) -> None:
-        """Hand the value to whoever waits, then enter the verdict, then tell the agents."""
+        """Queue the verdict, hand the value to whoever waits, and tell the agents once it is on the ledger."""
         job, collection = running.job, running.collection
         reason = collection.referee_failed or ("" if accepted else "no decision within the deadline")
-        entering = asyncio.ensure_future(self._committer.verdict(job, collection, decision, as_of, reason))
-        await asyncio.sleep(0)
+        entering = await self._committer.verdict(job, collection, decision, as_of, reason)
         if accepted is None:
             self.tally.undecided += 1
             _fail(job, UnavailableError(f"no verdict on task {job.task.hex()}: {reason}"))
         else:
-            _deliver(job, accepted)
+            _deliver(job, replace(accepted, entered=entering))
         self._judge(running, decision)
         await entering
         self._tell(collection, decision, job.task)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 
 import structlog
 
-from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, parse_checkpoint, parse_note, verify_cosignature
+from bmoe.ledger.rules.checkpoint import (
+    COSIGNATURE_V1,
+    Note,
+    VerifierKey,
+    parse_checkpoint,
+    parse_note,
+    verify_cosignature,
+)
 from bmoe.ledger.rules.merkle import Frontier, leaf_hash
 from bmoe.ledger.rules.state import Applied, State
 from bmoe.ledger.stream import LedgerStream
@@ -78,7 +86,7 @@ class Finality:
             self._grown.notify_all()
 
     def _compare(self, size: int, root: bytes) -> None:
-        """Validators that reject what we entered have another root: then nothing we decide is committed any more."""
+        """A quorum that rejects what we entered has another root: then nothing we decide is committed any more."""
         own = self._roots.get(size)
         if own is not None and own != root and not self.disagreement:
             self.disagreement = (
@@ -86,21 +94,28 @@ class Finality:
             )
             log.critical("validators_disagree", detail=self.disagreement)
 
+    def _signers(self, note: Note) -> set[str]:
+        """The validators whose cosignature on this note is good, whoever brought it."""
+        signers = set()
+        for name, public_key in self._state.validators.items():
+            with contextlib.suppress(ProofError):
+                verify_cosignature(note, VerifierKey(name, COSIGNATURE_V1, public_key))
+                signers.add(name)
+        return signers
+
     def note(self, data: bytes) -> None:
         """Count the cosignatures of one checkpoint note; raises ProofError when it is not one of this ledger."""
         note = parse_note(data)
         checkpoint = parse_checkpoint(note.text)
         if checkpoint.origin != self._state.origin:
             raise ProofError(f"checkpoint of {checkpoint.origin!r}, this is {self._state.origin!r}")
-        self._compare(checkpoint.size, checkpoint.root)
+        signed = self._signers(note)
+        if not signed:
+            raise ProofError(f"checkpoint of size {checkpoint.size} bears no validator's cosignature")
         cosigners = self._cosigned.setdefault((checkpoint.size, checkpoint.root), set())
-        for name, public_key in self._state.validators.items():
-            try:
-                verify_cosignature(note, VerifierKey(name, COSIGNATURE_V1, public_key))
-            except ProofError:
-                continue
-            cosigners.add(name)
+        cosigners |= signed
         if self._state.quorum and len(cosigners) >= self._state.quorum:
             self.final_size = max(self.final_size, checkpoint.size)
+            self._compare(checkpoint.size, checkpoint.root)
         while len(self._cosigned) > SIZES_KEPT:
             self._cosigned.popitem(last=False)

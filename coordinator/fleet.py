@@ -24,7 +24,6 @@ from coordinator.route import Eligible
 
 SUSPICION_S = 60.0
 LATENCIES_KEPT = 256
-VIEW_EVERY_S = 1.0
 EVIDENCE_A_MINUTE = 10
 # Each task in a row that an agent left unanswered counts as so many in hand: silence lowers the load given, no more.
 SILENCE_WEIGHT = 8
@@ -96,7 +95,6 @@ class Fleet:
         self.presence: dict[str, Presence] = {}
         self._latencies: dict[bytes, deque[float]] = {}
         self._db = TinyDB(view, storage=DurableStorage)
-        self._view_at = 0.0
 
     def of(self, agent: str) -> Presence:
         """The presence of an agent, made when first heard of."""
@@ -162,11 +160,6 @@ class Fleet:
             row |= {n: getattr(presence.health, n) for k, n in names.items() if k in known}
         return row
 
-    def save_view(self, force: bool = False) -> None:
-        """Write the operators' view, at most once a second."""
-        now = time.monotonic()
-        if not force and now - self._view_at < VIEW_EVERY_S:
-            return
-        self._view_at = now
-        rows = self.table()
+    def save_view(self, rows: list[dict[str, Any]]) -> None:
+        """Write the operators' view from `table()`; safe in a thread, for it looks at nothing else. May raise OSError."""
         self._db.storage.write({"_default": {str(i + 1): row for i, row in enumerate(rows)}})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,11 +16,12 @@ from nats.errors import Error as NatsError
 from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
+from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, verify_cosignature
 from bmoe.ledger.rules.receipt import merge_receipts
 from bmoe.ledger.rules.state import Applied, State
 from bmoe.ledger.rules.tlog_proof import parse_proof
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
-from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.errors import BmoeError, ProofError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Output, Refusal, Status
@@ -85,7 +87,10 @@ class Gateway:
         self._follower = Follower(self._stream, self.state, recompute=False, on_applied=self._on_applied)
         self._follower.start().add_done_callback(self._on_follower_end)
         await self._follower.catch_up()
-        await self._follower.changed(lambda: NAME in self.state.members, timeout_s=20)
+        try:
+            await self._follower.changed(lambda: NAME in self.state.members, timeout_s=20)
+        except asyncio.TimeoutError:
+            raise UnavailableError("the registrar has not enrolled this coordinator: see its log") from None
         await self.finality.follow(self._stream)
         self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
         await self._author.start(self.state)
@@ -142,18 +147,23 @@ class Gateway:
         await self._stream.close()
         await asyncio.gather(self._gate_runner.close(), self._referee_runner.close())
         self._evidence.close()
-        self.fleet.save_view(force=True)
+        self.fleet.save_view(self.fleet.table())
 
     async def infer(self, name: str, body: bytes, tenant: str) -> Answered:
         """Answer one request; raises InputError for a bad one, UnavailableError when it cannot be served now."""
-        if self._in_work >= self.settings.requests_waiting:
-            raise UnavailableError(f"{self._in_work} requests are in work, the limit: try again")
         model = self.catalogue.get(name)
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
         request = take_in(body, model, tenant, self.settings.policy, rows_max)
+        return await self.answerer.answer(request)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place among the requests in work, bodies being read included; UnavailableError when all are taken."""
+        if self._in_work >= self.settings.requests_waiting:
+            raise UnavailableError(f"{self._in_work} requests are in work, the limit: try again")
         self._in_work += 1
         try:
-            return await self.answerer.answer(request)
+            yield
         finally:
             self._in_work -= 1
 
@@ -178,7 +188,13 @@ class Gateway:
             question["size"] = parse_proof(receipts[0]).checkpoint.size
         if not receipts:
             raise UnavailableError(f"no receipt for {identity.hex()}: {'; '.join(reasons)}")
-        return merge_receipts(receipts).encode()
+        merged = receipts[0]
+        for receipt in receipts[1:]:
+            try:
+                merged = merge_receipts([merged, receipt])
+            except ProofError as error:  # one validator's odd receipt must not cost the others'
+                log.warning("receipt_not_merged", error=str(error))
+        return merged.encode()
 
     async def _ask_receipt(self, validator: str, question: dict[str, Any]) -> str:
         subject, data = f"ledger.receipt.{validator}", json.dumps(question).encode()
@@ -186,9 +202,15 @@ class Gateway:
             reply = await self._stream.client.request(subject, data, timeout=RECEIPT_TIMEOUT_S)
         except (NatsError, OSError, asyncio.TimeoutError) as error:
             raise UnavailableError(f"{validator}: {str(error) or type(error).__name__}") from error
-        if reply.data.startswith(b"{"):
-            raise UnavailableError(f"{validator}: {json.loads(reply.data).get('error')}")
-        return reply.data.decode()
+        try:
+            if reply.data.startswith(b"{"):
+                raise UnavailableError(f"{validator}: {json.loads(reply.data).get('error')}")
+            text = reply.data.decode()
+            key = VerifierKey(validator, COSIGNATURE_V1, self.state.validators[validator])
+            verify_cosignature(parse_proof(text).note, key)
+        except (ProofError, ValueError) as error:
+            raise UnavailableError(f"{validator} gave no receipt of its own: {error}") from error
+        return text
 
     def statistics(self) -> dict[str, Any]:
         """Figures for operators and the demo."""
@@ -280,7 +302,11 @@ class Gateway:
     async def _keep_view(self) -> None:
         while True:
             await asyncio.sleep(1)
-            await asyncio.to_thread(self.fleet.save_view)
+            rows = self.fleet.table()
+            try:
+                await asyncio.to_thread(self.fleet.save_view, rows)
+            except OSError as error:  # the view is rebuilt from the ledger at will
+                log.warning("fleet_view_not_saved", error=str(error))
 
     def _spawn(self, work: Awaitable[Any]) -> None:
         task = asyncio.ensure_future(work)

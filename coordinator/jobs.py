@@ -57,6 +57,7 @@ class Accepted:
     task: bytes
     tensors: tuple[Tensor, ...]
     opening: bytes
+    entered: asyncio.Future[int] | None = field(default=None, compare=False)
 
 
 @dataclass

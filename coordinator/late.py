@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 import structlog
 
+from bmoe.ledger.rules.entries import MAX_STATEMENT_BYTES
 from bmoe.ledger.rules.frames import INLINE_BYTES
-from bmoe.ledger.rules.outputs import tolerances_of
+from bmoe.ledger.rules.outputs import Binding, tolerances_of
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.protocol.envelope import split_envelope
-from bmoe.protocol.messages import Output, Sealed
+from bmoe.protocol.messages import Output, Release, Sealed
 from coordinator.commit import Committer
 from coordinator.fleet import Fleet
-from coordinator.jobs import Job
 from coordinator.receive import receive_output
 
 log = structlog.get_logger("decide")
@@ -40,9 +40,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Done:
-    """A job just decided: late outputs are still compared with it."""
+    """A job just decided: late outputs are still compared with it. `value` is None if it is too large to be kept."""
 
-    job: Job
+    binding: Binding
+    expert: Release
     assigned: frozenset[str]
     received: dict[str, bytes]
     value: Candidate | None
@@ -66,7 +67,7 @@ class Latecomers:
 
     def remember(self, done: Done) -> None:
         """Keep a job that has its decision, for a while."""
-        self._done[done.job.task] = done
+        self._done[done.binding.task] = done
         while len(self._done) > CLOSED_KEPT:
             self._done.popitem(last=False)
 
@@ -90,20 +91,22 @@ class Latecomers:
 
     def _compare_late(self, sealed: Sealed[Output], done: Done) -> None:
         """A late output that a re-execution contradicts makes its author suspect, as one in time would have."""
-        agent, job = sealed.header.author, done.job
-        candidate = receive_output(sealed, job.binding, job.expert).candidate
+        agent = sealed.header.author
+        candidate = receive_output(sealed, done.binding, done.expert).candidate
         self._tally.late += 1
         self._fleet.of(agent).silent = 0
         dissent = candidate is None
         if candidate is not None and done.value is not None:
-            dissent = distance(done.value, candidate, tolerances_of(job.expert)) > NEUTRAL
-        log.info("output_late", agent=agent, task=job.task.hex(), dissent=dissent)
+            dissent = distance(done.value, candidate, tolerances_of(done.expert)) > NEUTRAL
+        log.info("output_late", agent=agent, task=done.binding.task.hex(), dissent=dissent)
         if dissent and done.by_referee:
             self._fleet.suspect(agent)
 
     def equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
         log.warning("equivocation", agent=agent, task=task.hex())
         self._fleet.suspect(agent)
+        if len(first) + len(second) > MAX_STATEMENT_BYTES:
+            return  # no entry could hold them; neither counts for anything
         if self._state.standing(agent) is not Standing.REVOKED:
             self._spawn(_entered(self._committer.equivocation(first, second)))
 

@@ -301,22 +301,26 @@ class Agent:
     async def _tell_health(self) -> None:
         while True:
             await asyncio.sleep(self.settings.health_every_s)
-            health = self.presence.health(
-                queued=len(self._in_work),
-                answered=self.answered,
-                refused=self.tally.total("task_refused"),
-                unreported=len(self.outbox.unreported(0)),
-            )
-            self.link.publish(topic(self.identity.name, "health"), health)
+            with contextlib.suppress(
+                BmoeError
+            ):  # a full disk gives no number to sign with: told when there is room again
+                health = self.presence.health(
+                    queued=len(self._in_work),
+                    answered=self.answered,
+                    refused=self.tally.total("task_refused"),
+                    unreported=len(self.outbox.unreported(0)),
+                )
+                self.link.publish(topic(self.identity.name, "health"), health)
 
     async def _keep_up(self) -> None:
         while True:
             await asyncio.sleep(UPKEEP_S)
-            for claim in self.complaints.overdue(self._connection, _now_ms()):
-                await self._complain(claim)
             with contextlib.suppress(BmoeError):
                 await self.outbox.tidy(_now_ms())
-            await self._catch_up()
+            with contextlib.suppress(BmoeError):
+                for claim in self.complaints.overdue(self._connection, _now_ms()):
+                    await self._complain(claim)
+                await self._catch_up()
 
     async def _catch_up(self) -> None:
         if self.link.connected:

@@ -64,9 +64,17 @@ class Outbox:
             raise ConfigError(f"the outbox {path} cannot be used: {error}") from None
 
     def next_seq(self) -> int:
-        """A number for our next signed message, larger than every one before it, over crashes too."""
+        """A number for our next signed message, larger than every one before it, over crashes too.
+
+        Raises UnavailableError when a new block of numbers cannot be made durable, on a full disk.
+        """
         if self._seq >= self._reserved:
-            self._pool.submit(self._reserve, self._seq + SEQUENCE_BLOCK).result()  # rare: a burst without any output
+            try:
+                self._pool.submit(
+                    self._reserve, self._seq + SEQUENCE_BLOCK
+                ).result()  # rare: a burst without any output
+            except sqlite3.Error as error:
+                raise UnavailableError(f"the outbox takes nothing: {error}") from None
         self._seq += 1
         return self._seq
 

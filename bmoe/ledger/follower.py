@@ -13,24 +13,28 @@ from bmoe.protocol.errors import BmoeError
 
 Fetch = Callable[[bytes], Awaitable[bytes]]
 OnApplied = Callable[[StreamMessage, Applied], None]
-Recompute = Callable[[StreamMessage], bool]
+Held = Callable[[StreamMessage], "tuple[bytes, ...] | None"]
 
 
 class Follower:
-    """Keeps `state` up with the stream. `position` is that of the last message folded."""
+    """Keeps `state` up with the stream. `position` is that of the last message folded.
+
+    `held` gives the leaves of a position that was folded, and recomputed, in an earlier life; None for a new one.
+    """
 
     def __init__(
         self,
         stream: LedgerStream,
         state: State,
         *,
-        recompute: bool | Recompute,
+        recompute: bool,
+        held: Held | None = None,
         fetch: Fetch | None = None,
         on_applied: OnApplied | None = None,
         position: int = 0,
     ) -> None:
         self.state, self.position = state, position
-        self._stream, self._recompute, self._fetch = stream, recompute, fetch
+        self._stream, self._recompute, self._fetch, self._held = stream, recompute, fetch, held
         self._on_applied = on_applied
         self._moved = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
@@ -86,12 +90,14 @@ class Follower:
 
     async def _fold(self, message: StreamMessage) -> Applied:
         fetched: dict[bytes, bytes] = {}
-        recompute = self._recompute(message) if callable(self._recompute) else self._recompute
-        if recompute and self._fetch is not None:
+        held = self._held(message) if self._held is not None else None
+        if held is not None:
+            return apply_message(self.state, message.data, recompute=False, held=held)
+        if self._recompute and self._fetch is not None:
             try:
                 missing = parse_frame(message.data).missing
             except BmoeError:
                 missing = ()
             for digest in missing:
                 fetched[digest] = await self._fetch(digest)
-        return apply_message(self.state, message.data, fetched, recompute)
+        return apply_message(self.state, message.data, fetched, self._recompute)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import sqlite3
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +131,7 @@ class ReceiptService:
             reply = (await self._receipt(_parse(message.data))).encode()
         except asyncio.TimeoutError:
             reply = _error("not under a cosigned checkpoint yet: ask again later")
-        except BmoeError as error:
+        except (BmoeError, sqlite3.Error) as error:
             reply = _error(str(error))
         await _reply(message, reply)
 

@@ -28,7 +28,7 @@ from bmoe.ledger.rules.outputs import (
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.ledger.store import Store
-from bmoe.protocol.errors import InferenceError, LedgerError, MessageError
+from bmoe.protocol.errors import InferenceError, LedgerError, MessageError, ModelError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import (
     MAX_TENSORS,
@@ -107,7 +107,11 @@ class Reexecutor:
         data = message if message is not None else await self._gateway.evidence(task)
         inputs = read_inputs(data, verdict, release)
         path = await self._gateway.blob_file(verdict.expert, release.size, self._folder)
-        result = await self._runner.run(ExpertFile(verdict.expert, path), inputs, timeout_s=RUN_TIMEOUT_S)
+        try:
+            result = await self._runner.run(ExpertFile(verdict.expert, path), inputs, timeout_s=RUN_TIMEOUT_S)
+        except ModelError as error:
+            path.unlink(missing_ok=True)  # damaged on disk, perhaps: fetched and checked anew at the next attempt
+            raise InferenceError(f"expert {verdict.expert.hex()[:16]} cannot be loaded: {error}") from error
         own = self._sign(verdict, release, result.outputs, result.provider, result.duration_us)
         return Finding(own, await self._contradicted(verdict, release, own.candidate))
 

@@ -66,7 +66,12 @@ class Validator:
         self.store = Store(settings.folder / "replica.db", anchor.ledger, anchor.epoch)
         self.author = FrameAuthor(stream, signer, name, anchor.ledger, anchor.epoch)
         self.follower = Follower(
-            stream, self.state, recompute=self._recompute, fetch=self._attachment, on_applied=self._on_applied
+            stream,
+            self.state,
+            recompute=True,
+            held=self._leaves_held,
+            fetch=self._attachment,
+            on_applied=self._on_applied,
         )
         self.cosigner = Cosigner(name, signer, self.store, anchor.origin, stream)
         self.ticker = Ticker(self.author, self.state)
@@ -148,10 +153,10 @@ class Validator:
                 log.warning("waiting for the engine error=%s", error)
                 await asyncio.sleep(RETRY_S)
 
-    def _recompute(self, message: StreamMessage) -> bool:
-        """A position that we verified before is only compared, unless a false entry there must be found false again."""
+    def _leaves_held(self, message: StreamMessage) -> tuple[bytes, ...] | None:
+        """A position that we recomputed before is only compared: its attachments may be gone by now."""
         self._held = self.store.held(message.position, message.data)
-        return self._held is None or self._held.rejected
+        return self._held.leaves if self._held is not None else None
 
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         if self._held is not None:

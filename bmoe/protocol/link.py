@@ -131,9 +131,9 @@ class Link:
 
     async def _one_connection(self) -> tuple[bool, str]:
         """From the attempt to the end: whether it stood, and why it ended."""
-        connection = Connection(self.settings, self._will() if self._will else None, self._on_message)
         was_up = False
         try:
+            connection = Connection(self.settings, self._will() if self._will else None, self._on_message)
             await connection.open()
             await connection.subscribe(dict(self._topics))
             if connection.over.done():

@@ -60,7 +60,10 @@ class GatewayClient:
         path = folder / digest.hex()
         if not path.is_file():
             data = await self.blob(digest, size)
-            await asyncio.to_thread(write_durably, path, data)
+            try:
+                await asyncio.to_thread(write_durably, path, data)
+            except OSError as error:
+                raise UnavailableError(f"{path}: {error.strerror or error}") from error
         return path
 
     def get(self, path: str, size_max: int) -> bytes:

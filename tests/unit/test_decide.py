@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 from ledger_fixtures import TOY, Fleet, Kind, OpenTask, inputs_for, tensor_of
 from rules_helpers import founded
 
 from bmoe.ledger.author import FrameAuthor
+from bmoe.ledger.rules.combine import Choices
+from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Verdict, parse_entry
 from bmoe.ledger.rules.outputs import Binding
 from bmoe.ledger.rules.state import Applied
-from bmoe.protocol.messages import MAX_TENSORS, Output, open_message
+from bmoe.protocol.errors import UnavailableError
+from bmoe.protocol.messages import MAX_TENSORS, Output, open_message, seal_message, tensor_specs
+from bmoe.protocol.tensors import Tensor
 from bmoe.storage.evidence import EvidenceStore
-from coordinator.commit import Committer
+from coordinator.commit import Committer, Result
 from coordinator.decide import Decider, Timing
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet as View
-from coordinator.jobs import Call, Job
+from coordinator.jobs import Accepted, Call, Job, Request
 from coordinator.referee import Referee
 
 AGENTS = ("agent-1", "agent-2", "agent-3")
@@ -48,8 +54,13 @@ class Site:
         self.running.append(asyncio.ensure_future(work))
 
     async def enter(self, *kinds: Kind, attachments: Sequence[bytes] = ()) -> int:
+        return await self.submit(kinds, attachments)
+
+    def submit(self, kinds: Sequence[Kind], attachments: Sequence[bytes] = ()) -> asyncio.Future[int]:
         self.applied.append(self.ledger.enter("coordinator", *kinds, attachments=attachments))
-        return len(self.applied)
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        done.set_result(len(self.applied))
+        return done
 
     async def keep(self, items: object) -> None:
         await self.disk.wait()
@@ -96,3 +107,40 @@ async def test_an_output_that_comes_while_the_input_is_being_kept_has_no_part_in
     verdict = parse_entry(site.applied[-1].leaves[0])
     assert isinstance(verdict, Verdict) and len(verdict.outputs) == len(verdict.stances) == 2
     assert site.decider.tally.late == 1 and (await job.calls[0].done)[0].task == task.task
+
+
+async def test_an_output_too_large_for_a_verdict_is_refused_and_another_agent_is_asked(tmp_path: Path) -> None:
+    """64 tensors without content and with long names: signed, and 9 kB of header. No leaf could hold its verdict, and the
+    answer that rested on it once fenced the coordinator for good."""
+    site = Site(tmp_path)
+    job, task = site.job("quorum")
+    site.decider.start(job)
+    site.disk.set()
+    liar, second, third = [await site.asked.get() for _ in AGENTS]
+    honest = open_message(Output, site.ledger.output(liar, task).message, parts_max=MAX_TENSORS + 1)
+    tensors = [Tensor(f"{i:03}".rjust(128, "x"), "float32", (2, 0), b"") for i in range(64)]
+    root = commit_rows(liar, bytes(16), tensors, 2)
+    header = replace(honest.header, outputs=tensor_specs(tensors), output_root=root)
+    bomb = seal_message(site.ledger.signers[liar], header, [bytes(16), *(t.data for t in tensors)])
+    site.decider.on_output(open_message(Output, bomb, parts_max=MAX_TENSORS + 1))
+    site.answer(second, task)
+    site.answer(third, task)
+    await asyncio.gather(*site.running)
+    verdict = parse_entry(site.applied[-1].leaves[0])
+    assert isinstance(verdict, Verdict) and verdict.outcome == "accepted" and len(verdict.outputs) == 2
+    assert site.decider.tally.refused_outputs == 1 and not site.ledger.state.authors["coordinator"].fenced
+
+
+async def test_an_answer_waits_for_the_verdicts_that_it_rests_on(tmp_path: Path) -> None:
+    """Queued behind them it could still be entered before them, or without them when one cannot be entered."""
+    site = Site(tmp_path)
+    entered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    accepted = Accepted(bytes(16), (), b"", entered)
+    committer = Committer(cast(FrameAuthor, site), cast(EvidenceStore, site))
+    request = cast(Request, None)
+    answering = asyncio.ensure_future(committer.answer(request, cast(Choices, None), [accepted], cast(Result, None)))
+    await asyncio.sleep(0)
+    entered.set_exception(UnavailableError("the disk is full"))
+    with pytest.raises(UnavailableError, match="disk is full"):
+        await answering
+    assert not site.applied

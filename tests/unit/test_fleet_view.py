@@ -26,16 +26,22 @@ def ledger_with(*agents: str) -> State:
     return state
 
 
+def save(state: State, view: Path) -> None:
+    """What a coordinator does at every start."""
+    fleet = Fleet(state, view)
+    fleet.save_view(fleet.table())
+
+
 def test_the_view_is_rebuilt_from_the_ledger_when_its_file_is_lost_or_damaged(tmp_path: Path) -> None:
     """Delete it, fill it with rubbish: the next save has the ledger's facts again, and TinyDB reads them."""
     state, view = ledger_with("pi-1", "pi-2"), tmp_path / "fleet.json"
-    Fleet(state, view).save_view(force=True)
+    save(state, view)
     before = view.read_bytes()
     view.write_bytes(b"\x00 rubbish")
-    Fleet(state, view).save_view(force=True)
+    save(state, view)
     assert view.read_bytes() == before
     view.unlink()
-    Fleet(state, view).save_view(force=True)
+    save(state, view)
     rows = TinyDB(view, storage=DurableStorage).all()
     assert {row["agent"]: row["standing"] for row in rows} == {"pi-1": "probation", "pi-2": "probation"}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -24,6 +25,9 @@ AHEAD_MAX_MS = 30 * 24 * 3600 * 1000
 TASK_ID_TIME_BYTES = 6
 PRUNE_LOOK = 64
 AS_OF_SLACK = 4096
+# How the reason of a rejected leaf begins when it fenced its author, so that the leaf alone tells; and how much is quoted.
+FALSE = "false: "
+FENCED_SHOWN = 200
 NO_GENESIS = "the first entry of a ledger must be its genesis"
 # What malformed content could still raise in a rule: it must become a rejected leaf, never halt the log.
 UNFORESEEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
@@ -179,15 +183,23 @@ class Applied:
 
 
 def apply_message(
-    state: State, data: bytes, fetched: dict[bytes, bytes] | None = None, recompute: bool = True
+    state: State,
+    data: bytes,
+    fetched: dict[bytes, bytes] | None = None,
+    recompute: bool = True,
+    held: Sequence[bytes] | None = None,
 ) -> Applied:
-    """Fold one stream message. Never raises for bad content; `fetched` holds attachments named but not inline."""
+    """Fold one stream message. Never raises for bad content; `fetched` holds attachments named but not inline.
+
+    `held` are the leaves that this position became when the caller itself folded it before: what it found false then is
+    false now, without the attachments that showed it, which are not kept for ever.
+    """
     try:
         frame = parse_frame(data)
         _check_frame(state, frame)
     except BmoeError as error:
         return _reject(state, hashlib.sha256(data).digest(), "unknown", 0, str(error))
-    return _apply_frame(state, frame, {**frame.attachments, **(fetched or {})}, recompute)
+    return _apply_frame(state, frame, {**frame.attachments, **(fetched or {})}, recompute, held)
 
 
 def _check_frame(state: State, frame: Frame) -> None:
@@ -206,15 +218,21 @@ def _check_frame(state: State, frame: Frame) -> None:
         raise RefusedError(f"{header.author}'s frame {header.seq} is empty")
 
 
-def _apply_frame(state: State, frame: Frame, attachments: dict[bytes, bytes], recompute: bool) -> Applied:
+def _apply_frame(
+    state: State, frame: Frame, attachments: dict[bytes, bytes], recompute: bool, held: Sequence[bytes] | None
+) -> Applied:
     header = frame.header
     author = state.authors[header.author]
     author.seq, author.previous = header.seq, frame.digest
     context = Context(frame, attachments, recompute)
     leaves: list[bytes] = []
     events: list[Event] = []
-    for data in frame.entries:
-        applied = _apply_entry(state, context, author, data)
+    for place, data in enumerate(frame.entries):
+        known = held[place] if held is not None and len(held) == len(frame.entries) else None
+        if known is not None and known != data:
+            applied = _reject_again(state, author, known)
+        else:
+            applied = _apply_entry(state, context, author, data)
         leaves.extend(applied.leaves)
         events.extend(applied.events)
     _prune(state)
@@ -237,12 +255,22 @@ def _apply_entry(state: State, context: Context, author: AuthorState, data: byte
         else:
             raise RefusedError(NO_GENESIS)
     except (BmoeError, *UNFORESEEN) as error:
-        if isinstance(error, FalseEntryError):
-            author.fenced = str(error)
         reason = str(error) if isinstance(error, BmoeError) else f"malformed ({type(error).__name__})"
+        if isinstance(error, FalseEntryError):
+            reason = FALSE + reason
+            author.fenced = reason[:FENCED_SHOWN]
         return _reject(state, hashlib.sha256(data).digest(), header.author, header.seq, reason)
     state.size += 1
     return Applied((data,), tuple(events))
+
+
+def _reject_again(state: State, author: AuthorState, leaf: bytes) -> Applied:
+    entry = parse_entry(leaf)
+    reason = entry.reason if isinstance(entry, Rejected) else ""
+    if reason.startswith(FALSE):
+        author.fenced = reason[:FENCED_SHOWN]
+    state.size += 1
+    return Applied((leaf,), (Event("rejected", {"author": "", "reason": reason}),))
 
 
 def _check_entry(state: State, context: Context, entry: Entry) -> None:

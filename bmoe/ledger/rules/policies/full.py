@@ -12,12 +12,12 @@ REPLICAS_MAX = 16
 
 
 def decide(ballot: Ballot) -> Decision:
-    """When all have answered or run out of time, accept the medoid of the largest clique, however large."""
+    """When all have answered or run out of time, accept the medoid of the largest clique of two or more."""
     if not ballot.closed:
         return undecided(ballot, Need.OUTPUTS)
     counted = ballot.counted()
     clique = largest_clique(candidates(ballot, counted), ballot.tolerances)
-    if clique is None:
+    if clique is None or len(clique.members) < 2:
         return undecided(ballot, Need.NOTHING)
     return accept(ballot, counted[clique.medoid])
 
