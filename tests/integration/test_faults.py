@@ -106,8 +106,10 @@ async def test_a_frozen_agent_is_hedged_and_its_late_output_alters_no_vote(fleet
         await load.more(2, BACK_WITHIN_S)
         pid = fleet.pids()[name]
         os.kill(pid, signal.SIGSTOP)
+        hedges = (await gateway.ask("statistics"))["hedges"]
         try:
-            await until(lambda: _holds_tasks(gateway, name), 10, "tasks in the agent's hands")
+            # A task in its hands could have been answered just before; one that had to be hedged was not.
+            await until(lambda: _more_hedges(gateway, hedges), BACK_WITHIN_S, "a hedge of a task in the agent's hands")
             await load.more(2, BACK_WITHIN_S)
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -235,6 +237,10 @@ async def _holds_tasks(gateway: Gateway, name: str) -> bool:
 
 async def _online(gateway: Gateway, name: str) -> bool:
     return (await gateway.agent(name))["online"]
+
+
+async def _more_hedges(gateway: Gateway, count: int) -> bool:
+    return (await gateway.ask("statistics"))["hedges"] > count
 
 
 async def _more_late(gateway: Gateway, count: int) -> bool:
