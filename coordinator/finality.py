@@ -16,8 +16,9 @@ from bmoe.ledger.rules.checkpoint import (
     parse_note,
     verify_cosignature,
 )
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.merkle import Frontier, leaf_hash
-from bmoe.ledger.rules.state import Applied, State
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerStream
 from bmoe.protocol.errors import ProofError
 

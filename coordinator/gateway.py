@@ -17,8 +17,9 @@ from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, verify_cosignature
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.receipt import merge_receipts
-from bmoe.ledger.rules.state import Applied, State
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.tlog_proof import parse_proof
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
 from bmoe.protocol.errors import BmoeError, ProofError, UnavailableError

@@ -31,11 +31,12 @@ from bmoe.ledger.rules.entries import (
     Tick,
     Verdict,
 )
+from bmoe.ledger.rules.fold import Applied, apply_message
 from bmoe.ledger.rules.frames import NO_FRAME, build_frame
 from bmoe.ledger.rules.membership import RULES_VERSION, quorum_of
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.policies.ballot import LETTERS
-from bmoe.ledger.rules.state import Applied, State, apply_message
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust, validator_key
 from bmoe.ledger.rules.voting import Candidate, Tolerance, distance, stance
 from bmoe.protocol.keys import Signer

@@ -6,8 +6,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from bmoe.ledger.ending import end
+from bmoe.ledger.rules.fold import Applied, apply_message
 from bmoe.ledger.rules.frames import parse_frame
-from bmoe.ledger.rules.state import Applied, State, apply_message
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerStream, StreamMessage
 from bmoe.protocol.errors import BmoeError
 

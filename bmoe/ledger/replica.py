@@ -22,8 +22,9 @@ from bmoe.ledger.ending import end
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.receipts import ReceiptService
 from bmoe.ledger.refute import Reexecutor
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.frames import parse_frame
-from bmoe.ledger.rules.state import Applied, State
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Anchor
 from bmoe.ledger.spotcheck import Rates, SpotChecks
 from bmoe.ledger.store import Held, Store

@@ -9,7 +9,8 @@ from typing import Any
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.rules.entries import Entry
-from bmoe.ledger.rules.state import Applied, Event, State
+from bmoe.ledger.rules.fold import Applied
+from bmoe.ledger.rules.state import Event, State
 from bmoe.ledger.stream import LedgerStream, StreamMessage
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.keys import Signer

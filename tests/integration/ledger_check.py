@@ -20,9 +20,10 @@ from bmoe import client
 from bmoe.ledger.rules.checkpoint import parse_checkpoint, parse_note, verify_cosignature
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Answer, Entry, Equivocation, Opened, Verdict, parse_entry
+from bmoe.ledger.rules.fold import apply_message
 from bmoe.ledger.rules.frames import NO_FRAME, parse_frame
 from bmoe.ledger.rules.merkle import Frontier, leaf_hash
-from bmoe.ledger.rules.state import State, apply_message
+from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust
 from bmoe.ledger.stream import CHECKPOINTS, LedgerAccess, LedgerStream, StreamMessage
 from bmoe.protocol.messages import Output, open_message

@@ -11,7 +11,8 @@ from typing import Any
 from ledger_fixtures import Fleet, Kind, OpenTask, Signed, inputs_for, toy
 
 from bmoe.ledger.rules.entries import BY_REFEREE, Rejected, parse_entry
-from bmoe.ledger.rules.state import Applied, State, apply_message
+from bmoe.ledger.rules.fold import Applied, apply_message
+from bmoe.ledger.rules.state import State
 from bmoe.protocol.messages import Output, open_message, seal_header
 
 

@@ -16,8 +16,8 @@ from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.rules.combine import Choices
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Verdict, parse_entry
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.outputs import Binding
-from bmoe.ledger.rules.state import Applied
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.messages import MAX_TENSORS, Output, open_message, seal_message, tensor_specs
 from bmoe.protocol.tensors import Tensor

@@ -13,8 +13,9 @@ from rules_helpers import founded, kinds, openings, referee_decides, refused
 
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import BY_REFEREE
+from bmoe.ledger.rules.fold import apply_message
 from bmoe.ledger.rules.outputs import opening_of
-from bmoe.ledger.rules.state import TASK_WINDOW_MS, apply_message
+from bmoe.ledger.rules.state import TASK_WINDOW_MS
 from bmoe.protocol.messages import tensor_specs
 
 SECOND = bytes(31) + b"\x02"

@@ -6,8 +6,9 @@ import pytest
 from ledger_fixtures import Fleet, inputs_for, toy
 from rules_helpers import agreed, founded, kinds, openings, referee_decides, refused, refute
 
+from bmoe.ledger.rules.fold import PRUNE_LOOK
 from bmoe.ledger.rules.standing import DIAGNOSES_TO_RETURN, TRUST_AFTER, Standing
-from bmoe.ledger.rules.state import AHEAD_MAX_MS, PRUNE_LOOK, TASK_WINDOW_MS
+from bmoe.ledger.rules.state import AHEAD_MAX_MS, TASK_WINDOW_MS
 
 MINUTE = 60_000
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ledger_fixtures import Fleet
 from rules_helpers import agreed, founded, memory, openings
 
-from bmoe.ledger.rules.state import State, apply_message
+from bmoe.ledger.rules.fold import apply_message
+from bmoe.ledger.rules.state import State
 
 
 def replayed(fleet: Fleet, lives: list[tuple[bytes, tuple[bytes, ...]]]) -> State:

@@ -1,4 +1,4 @@
-"""`full`: the scheme of B-MoE (arXiv 2509.12141): every eligible agent computes, the largest clique wins.
+"""`full`: the scheme of B-MoE (arXiv 2509.12141): every eligible agent computes, the largest clique of two or more wins.
 
 The baseline to compare with. It survives while less than half of the agents are malicious, and no longer.
 """
