@@ -194,7 +194,7 @@ async def test_validator_cosigns_as_itself_and_answers_for_receipts(tmp_path: Pa
         await supervisor.start(server.child)
         await make_streams(pki, server)
         async with connected(pki, server, "validator-1") as one, connected(pki, server, "coordinator") as asker:
-            js = one.jetstream(timeout=0.5)
+            js = one.jetstream(timeout=PATIENCE)  # each is synced to disk, and a busy disk takes its time
             live = await asker.subscribe("ledger.checkpoint.>")
             await asker.flush()
             for size in range(70):
@@ -203,7 +203,7 @@ async def test_validator_cosigns_as_itself_and_answers_for_receipts(tmp_path: Pa
             assert (state.messages, state.last_seq) == (64, 70)
             assert [(await live.next_msg(timeout=3)).data for _ in range(70)] == [b"%d" % size for size in range(70)]
             for subject in ("ledger.checkpoint.validator-2", "ledger.frame.coordinator.x"):
-                await refused(js.publish(subject, b"forged"), one)
+                await refused(js.publish(subject, b"forged", timeout=0.5), one)
 
             async def answer(message: Msg) -> None:
                 await message.respond(b"receipt")
