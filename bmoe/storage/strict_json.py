@@ -78,6 +78,8 @@ def or_null(each: Read) -> Read:
 
 
 def object_of(make: Callable[..., Any], fields: dict[str, Read], optional: Sequence[str] = ()) -> Read:
+    """A reader of an object with exactly these fields, each read by its own reader, handed to `make` by name."""
+
     def read(value: Any, path: str) -> Any:
         if not isinstance(value, dict):
             raise wrong(path, "an object", value)

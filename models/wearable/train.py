@@ -80,6 +80,7 @@ def fold(held_out: tuple[int, int], epochs: int, seed: int) -> tuple[Mixture, np
 
 
 def main() -> None:
+    """Train, export, calibrate, and write the model's folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder to write")
     parser.add_argument("--epochs", type=int, default=12)

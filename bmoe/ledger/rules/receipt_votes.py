@@ -130,6 +130,10 @@ def _check_stances(
 def check_answer(
     entry: Verdict | Answer, verdicts: Sequence[AuditedVerdict], statements: Statements, openings: dict[bytes, bytes]
 ) -> tuple[Tensor, ...] | None:
+    """The answer's value recombined from its verdicts' openings; None for a verdict's receipt, or without openings.
+
+    Raises ProofError or MessageError when the receipt holds what it does not need, or the combination is another.
+    """
     if isinstance(entry, Verdict):
         if statements.models:
             raise ProofError("a verdict needs no statement about a model")
