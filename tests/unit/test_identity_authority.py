@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from identity_helpers import make_csr
 
 from bmoe.protocol.errors import ConfigError
-from coordinator.identity.authority import Authority, check_csr, load_or_create_key
+from coordinator.identity.authority import Authority, check_csr, load_or_create_key, spki_digest
 from coordinator.identity.infrastructure import SERVER, ensure_certificate, prepare_identity
 
 DAY = datetime.timedelta(days=1)
@@ -97,7 +97,8 @@ def test_certificate_torn_by_a_crash_is_issued_again(tmp_path: Path) -> None:
     identity = prepare_identity(tmp_path, [])
     identity.tls("coordinator").cert.write_bytes(b"-----BEGIN CERT")
     prepare_identity(tmp_path, [])
-    x509.load_pem_x509_certificate(identity.tls("coordinator").cert.read_bytes())
+    again = x509.load_pem_x509_certificate(identity.tls("coordinator").cert.read_bytes())
+    assert identity.authority.issued(again) and spki_digest(again.public_key()) == identity.spki("coordinator")
 
 
 def test_key_of_another_curve_is_refused(tmp_path: Path) -> None:
