@@ -65,7 +65,7 @@ class Answerer:
         self._signer, self._common, self._promise_ms, self._final = signer, common, promise_ms, final
         self._task_rows = task_rows
         self._counter = Counter()
-        self._entering: set[asyncio.Future[None]] = set()
+        self._entering: set[asyncio.Future[int]] = set()
         self.count = Answers()
 
     async def answer(self, request: Request) -> Answered:
@@ -81,7 +81,7 @@ class Answerer:
         result = commit_result(request, tensors)
         ids = tuple(a.task for a in tasks)
         promise = self._promise(request, result, ids)
-        entering = asyncio.ensure_future(self._committer.answer(request, choices, tasks, result))
+        entering = await self._committer.answer(request, choices, tasks, result)
         self._watch(request, entering)
         self.count.decided += 1
         self.count.rows += request.rows
@@ -135,16 +135,17 @@ class Answerer:
         return seal_header(self._signer, header)
 
     def _watch(self, request: Request, entering: asyncio.Future[int]) -> None:
-        async def watch() -> None:
-            try:
-                await entering
+        def entered(done: asyncio.Future[int]) -> None:
+            self._entering.discard(done)
+            if done.cancelled():
+                return
+            if (error := done.exception()) is None:
                 self.count.entered += 1
-            except BmoeError as error:
+            else:
                 log.error("answer_not_entered", request=request.id.hex(), error=str(error))
 
-        task = asyncio.ensure_future(watch())
-        self._entering.add(task)
-        task.add_done_callback(self._entering.discard)
+        self._entering.add(entering)
+        entering.add_done_callback(entered)
 
     async def settle(self) -> None:
         """Wait, within bounds, until every answer given is on the ledger: what a clean stop owes its clients."""

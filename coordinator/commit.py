@@ -92,7 +92,7 @@ class Committer:
             "reason": reason[:200],
         }
         await self._keep_large(openings)
-        return self._author.submit([(Verdict, fields)], openings)
+        return self._author.submit([(Verdict, fields)], openings, urgent=False)
 
     async def abandon(self, task: bytes, expert: bytes, rows: int, as_of: int) -> int:
         """Close a slot that an earlier run of this coordinator left open."""
@@ -105,9 +105,10 @@ class Committer:
         }  # fmt: skip
         return await self._author.enter((Verdict, fields))
 
-    async def answer(self, request: Request, choices: Choices, tasks: Sequence[Accepted], result: Result) -> int:
-        """Enter an answer, once its verdicts are on the ledger: what it rests on must stand first. Its frame's position."""
-        await asyncio.gather(*(a.entered for a in tasks if a.entered is not None))
+    async def answer(
+        self, request: Request, choices: Choices, tasks: Sequence[Accepted], result: Result
+    ) -> asyncio.Future[int]:
+        """Queue an answer behind its verdicts, which must stand before it; the future gives the position of its frame."""
         openings = [a.opening for a in tasks]
         own = opening_of(result.salt, result.tensors)
         fields = {
@@ -129,7 +130,12 @@ class Committer:
             "result_opening": hashlib.sha256(own).digest(),
         }
         await self._keep_large([*openings, own])
-        return await self._author.enter((Answer, fields), attachments=[*openings, own])
+        return self._author.submit(
+            [(Answer, fields)],
+            [*openings, own],
+            after=[a.entered for a in tasks if a.entered is not None],
+            urgent=request.wait != "decided",
+        )
 
     async def equivocation(self, first: bytes, second: bytes) -> int:
         """Enter two different signed outputs of one agent for one task."""

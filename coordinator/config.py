@@ -32,7 +32,12 @@ class GatewaySettings(BaseSettings):
     policy: Literal["referee", "quorum", "full", "single"] = Field(
         "referee", description="Policy for requests that name none: referee, quorum, full or single."
     )
-    window_ms: float = Field(2.0, ge=0, le=1000, description="How long calls of one tenant wait to share a task.")
+    window_ms: float = Field(
+        50.0,
+        ge=0,
+        le=1000,
+        description="How long a call waits at most for a task of its kind under way, to share the next.",
+    )
     batch_rows: int = Field(64, ge=1, le=1024, description="Most rows in one task.")
     request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")
     body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,15 @@ import numpy as np
 from bmoe.inference.runner import ExpertFile, Runner
 from bmoe.ledger.rules.combine import choose
 from bmoe.ledger.rules.outputs import check_specs
-from bmoe.protocol.errors import InferenceError
-from coordinator.jobs import Request
+from bmoe.protocol.errors import BmoeError, InferenceError
+from bmoe.protocol.messages import Release
+from bmoe.protocol.tensors import Tensor, join_rows
+from coordinator.jobs import Request, ServedModel
 
 GATE_TIMEOUT_S = 5.0
+ROWS_MAX = 256
+# The gate's digest, and the dims behind axis 0: only rows of one shape can lie in one batch.
+Key = tuple[bytes, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -28,11 +35,23 @@ class Routing:
         return np.flatnonzero((self.experts == expert).any(axis=1)).tolist()
 
 
+@dataclass
+class _Lane:
+    """Requests that wait for one gate; whoever finds it idle runs it for all who wait."""
+
+    waiting: list[tuple[Request, asyncio.Future[np.ndarray]]] = field(default_factory=list)
+    task: asyncio.Task[None] | None = None
+
+
 class Gate:
-    """Runs gates in a killable process, so that a bad gate cannot stop the coordinator."""
+    """Runs gates in a killable process, so that a bad gate cannot stop the coordinator.
+
+    Requests that come while a run is under way are scored together in the next.
+    """
 
     def __init__(self, runner: Runner, blobs: Path) -> None:
         self._runner, self._blobs = runner, blobs
+        self._lanes: dict[Key, _Lane] = {}
 
     async def score(self, request: Request) -> Routing:
         """Choose experts for every row; raises InferenceError when the gate fails or scores what cannot be."""
@@ -40,10 +59,84 @@ class Gate:
         if model.gate is None:
             shape = (request.rows, 1)
             return Routing(np.zeros(shape, "<u2"), np.ones(shape, "<f4"))
-        file = ExpertFile(model.gate.digest, self._blobs / model.gate.digest.hex())
-        result = await self._runner.run(file, request.tensors, timeout_s=GATE_TIMEOUT_S)
-        check_specs(result.outputs, model.gate.outputs, request.rows)
-        scores = np.frombuffer(result.outputs[0].data, "<f4").reshape(request.rows, -1)
+        if model.gate.batch:
+            scores = await self._shared(request, model.gate)
+        else:
+            scores = await self._run(model, model.gate, request.tensors, request.rows)
+        return Routing(*choose(scores, model.statement.top_k))
+
+    async def _shared(self, request: Request, gate: Release) -> np.ndarray:
+        key = (gate.digest, tuple(t.dims[1:] for t in request.tensors))
+        lane = self._lanes.setdefault(key, _Lane())
+        done: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        lane.waiting.append((request, done))
+        if lane.task is None:
+            lane.task = asyncio.create_task(self._serve(key, lane, gate))
+        return await done
+
+    async def _serve(self, key: Key, lane: _Lane, gate: Release) -> None:
+        try:
+            while lane.waiting:
+                group = _take(lane.waiting)
+                try:
+                    await self._score_all(group, gate)
+                except Exception as error:  # whatever it is, those who wait must hear of it, and the next be served
+                    _fail(group, error)
+        finally:
+            _fail(lane.waiting, InferenceError("the gateway is stopping"))
+            del self._lanes[key]
+
+    async def _score_all(self, group: Sequence[tuple[Request, asyncio.Future[np.ndarray]]], gate: Release) -> None:
+        requests = [request for request, _ in group]
+        model = requests[0].model
+        rows = sum(r.rows for r in requests)
+        inputs = requests[0].tensors
+        if len(requests) > 1:
+            inputs = tuple(join_rows([r.tensors[i] for r in requests]) for i in range(len(inputs)))
+        try:
+            scores = await self._run(model, gate, inputs, rows)
+        except BmoeError:
+            if len(group) == 1:
+                raise
+            for one in group:  # whose rows the gate cannot bear must not cost the others their answers
+                try:
+                    await self._score_all([one], gate)
+                except BmoeError as error:
+                    _fail([one], error)
+            return
+        start = 0
+        for request, done in group:
+            if not done.done():
+                done.set_result(scores[start : start + request.rows])
+            start += request.rows
+
+    async def _run(self, model: ServedModel, gate: Release, inputs: Sequence[Tensor], rows: int) -> np.ndarray:
+        """Scores, float32 [rows, experts]."""
+        file = ExpertFile(gate.digest, self._blobs / gate.digest.hex())
+        result = await self._runner.run(file, inputs, timeout_s=GATE_TIMEOUT_S)
+        check_specs(result.outputs, gate.outputs, rows)
+        scores = np.frombuffer(result.outputs[0].data, "<f4").reshape(rows, -1)
         if scores.shape[1] != len(model.experts) or not np.isfinite(scores).all() or (scores < 0).any():
             raise InferenceError(f"the gate of {model.name} gave scores that are not finite weights for its experts")
-        return Routing(*choose(scores, model.statement.top_k))
+        return scores
+
+
+def _take(
+    waiting: list[tuple[Request, asyncio.Future[np.ndarray]]],
+) -> list[tuple[Request, asyncio.Future[np.ndarray]]]:
+    """The first of those who wait, as many as fit in one run, at least one."""
+    rows, count = 0, 0
+    for request, _ in waiting:
+        rows += request.rows
+        if count and rows > ROWS_MAX:
+            break
+        count += 1
+    group = waiting[:count]
+    del waiting[:count]
+    return group
+
+
+def _fail(group: Sequence[tuple[Request, asyncio.Future[np.ndarray]]], error: Exception) -> None:
+    for _, done in group:
+        if not done.done():
+            done.set_exception(error)

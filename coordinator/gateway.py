@@ -85,7 +85,10 @@ class Gateway:
         """Catch up with the ledger, close what an earlier run left open, come online."""
         layout, settings, trust = self.layout, self.settings, self.trust
         self._stream = await LedgerStream.connect(self._access, NAME)
-        self._follower = Follower(self._stream, self.state, recompute=False, on_applied=self._on_applied)
+        self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
+        self._follower = Follower(
+            self._stream, self.state, recompute=False, on_applied=self._on_applied, own=self._author.wrote
+        )
         self._follower.start().add_done_callback(self._on_follower_end)
         await self._follower.catch_up()
         try:
@@ -93,7 +96,6 @@ class Gateway:
         except asyncio.TimeoutError:
             raise UnavailableError("the registrar has not enrolled this coordinator: see its log") from None
         await self.finality.follow(self._stream)
-        self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
         await self._author.start(self.state)
         self._evidence = EvidenceStore(layout.evidence)
         self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)

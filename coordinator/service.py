@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import structlog
+import uvloop
 
 from bmoe.protocol.errors import BmoeError
 from coordinator.api import build_api
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     set_up_logs("coordinator")
     try:
-        asyncio.run(serve(arguments.state))
+        uvloop.run(serve(arguments.state))
     except BmoeError as error:
         log.error("stopped", error=str(error))
         return 1

@@ -38,7 +38,7 @@ async def serving(
     *,
     connections_max: int,
     context: ssl.SSLContext | None = None,
-    protocol: type[asyncio.Protocol] | str = "h11",
+    protocol: type[asyncio.Protocol] | str = "httptools",
 ) -> AsyncIterator[int]:
     """Serve `app` until the block is left; gives the port. Raises ConfigError where the address cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

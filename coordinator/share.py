@@ -1,10 +1,15 @@
-"""Share: calls of one tenant for one expert within a short window become one job, so signatures are paid once."""
+"""Share: calls of one tenant for one expert become one job, so that messages and signatures are paid once a batch.
+
+Batching needs no timer where the fleet is idle: a call starts its job at once. While a job of its kind is under way,
+calls wait for that to return and then go together; so batches are as large as the load makes them.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -18,48 +23,87 @@ Key = tuple[str, bytes, str, tuple[tuple[int, ...], ...]]
 
 
 @dataclass
-class _Window:
-    """Calls that wait to share a job."""
+class _Queue:
+    """Calls of one key that wait to share a job; `running` jobs of the key are under way."""
 
-    calls: list[Call] = field(default_factory=list)
+    calls: deque[Call] = field(default_factory=deque)
     rows: int = 0
-    timer: asyncio.TimerHandle | None = None
+    running: int = 0
+    due: asyncio.Handle | None = None
+
+    def push(self, call: Call) -> None:
+        self.calls.append(call)
+        self.rows += call.rows
+
+    def take(self, rows_max: int) -> tuple[Call, ...]:
+        """As many calls as fit in one job, at least one; those that nobody awaits any more are dropped."""
+        taken: list[Call] = []
+        rows = 0
+        while self.calls and (not taken or rows + self.calls[0].rows <= rows_max):
+            call = self.calls.popleft()
+            self.rows -= call.rows
+            if not call.done.done():
+                taken.append(call)
+                rows += call.rows
+        return tuple(taken)
 
 
 class Sharer:
-    """Collects calls into jobs; a window closes after `window_s`, or when it is full."""
+    """Collects calls into jobs of at most `rows_max` rows.
+
+    A call waits while a job of its kind is under way, `window_s` at most: a slow agent holds up nobody for longer.
+    """
 
     def __init__(self, start: Callable[[Job], None], window_s: float, rows_max: int) -> None:
         self._start, self._window_s, self._rows_max = start, window_s, rows_max
-        self._windows: dict[Key, _Window] = {}
+        self._queues: dict[Key, _Queue] = {}
 
     def add(self, call: Call) -> None:
-        """Put a call into its window."""
+        """Put a call into its queue; its job starts in this turn of the event loop or later."""
         if not call.expert.batch:
             self._start(make_job((call,)))
             return
         key = (call.tenant, call.expert.digest, call.policy, tuple(t.dims[1:] for t in call.tensors))
-        window = self._windows.get(key)
-        if window is not None and window.rows + call.rows > self._rows_max:
+        queue = self._queues.setdefault(key, _Queue())
+        queue.push(call)
+        while queue.rows >= self._rows_max:
             self._close(key)
-            window = None
-        if window is None:
-            window = self._windows[key] = _Window()
-            window.timer = asyncio.get_running_loop().call_later(self._window_s, self._close, key)
-        window.calls.append(call)
-        window.rows += call.rows
-        if window.rows >= self._rows_max:
-            self._close(key)
+        if queue.calls and queue.due is None:
+            self._schedule(key, queue)
+
+    def _schedule(self, key: Key, queue: _Queue) -> None:
+        loop = asyncio.get_running_loop()
+        # Idle: at the end of this turn, so that the calls of one request, or of several that came at once, share.
+        queue.due = (
+            loop.call_later(self._window_s, self._close, key) if queue.running else loop.call_soon(self._close, key)
+        )
 
     def _close(self, key: Key) -> None:
-        window = self._windows.pop(key, None)
-        if window is None:
-            return
-        if window.timer is not None:
-            window.timer.cancel()
-        calls = tuple(c for c in window.calls if not c.done.done())
+        queue = self._queues[key]
+        if queue.due is not None:
+            queue.due.cancel()
+            queue.due = None
+        calls = queue.take(self._rows_max)
         if calls:
+            queue.running += 1
+            calls[-1].done.add_done_callback(lambda _: self._returned(key))
             self._start(make_job(calls))
+        self._follow(key, queue)
+
+    def _returned(self, key: Key) -> None:
+        queue = self._queues[key]
+        queue.running -= 1
+        if queue.calls:
+            self._close(key)
+        else:
+            self._follow(key, queue)
+
+    def _follow(self, key: Key, queue: _Queue) -> None:
+        """What is left waits for its turn; a queue without calls and jobs is forgotten."""
+        if queue.calls and queue.due is None:
+            self._schedule(key, queue)
+        elif not queue.calls and not queue.running:
+            self._queues.pop(key, None)
 
 
 def make_job(calls: tuple[Call, ...], policy: str | None = None) -> Job:

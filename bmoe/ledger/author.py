@@ -1,7 +1,8 @@
 """An author of frames: chains them, numbers them, and appends them one at a time, durably.
 
-Entries that come while a frame is under way wait and go together in the next one, so the cost of a disk sync is
-shared by all who wait: batching needs no timer.
+Entries that come while a frame is under way wait and go together in the next one, so that all who wait share the cost
+of a frame: a signature, a disk sync, and the work of every replica that reads it. For the sake of that cost, frames
+keep a distance, and an entry that nobody waits for lingers until one that somebody does wait for takes it along.
 """
 
 from __future__ import annotations
@@ -24,18 +25,28 @@ from bmoe.protocol.keys import Signer
 FRAME_ENTRIES = 256
 FRAME_BYTES = 1024 * 1024
 WAITING_MAX = 20_000
+WRITTEN_KEPT = 64
 AGAIN_S = 0.1
+SPACING_S = 0.008
+LINGER_S = 0.02
 E = TypeVar("E", bound=Entry)
 
 
 @dataclass
 class _Waiting:
-    """One group of entries that must stand in one frame, and who awaits it."""
+    """One group of entries that must stand in one frame, who awaits it, and what must be entered before it."""
 
     kinds: Sequence[tuple[type[Entry], dict[str, Any]]]
     attachments: Sequence[bytes]
     done: asyncio.Future[int]
+    after: Sequence[asyncio.Future[int]] = ()
     size: int = field(default=0)
+
+    def bereaved(self) -> BaseException | None:
+        """Why it must not be entered any more: an entry that it rests on was not."""
+        failed = (f for f in self.after if f.done() and (f.cancelled() or f.exception() is not None))
+        first = next(failed, None)
+        return None if first is None else UnavailableError("an entry that this one rests on was not entered")
 
 
 class FrameAuthor:
@@ -56,8 +67,14 @@ class FrameAuthor:
         self._seq, self._previous, self._position = 0, NO_FRAME, 0
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
+        self._due, self._started = 0.0, 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
+        self._written: deque[bytes] = deque(maxlen=WRITTEN_KEPT)
+
+    def wrote(self, digest: bytes) -> bool:
+        """Whether we signed the frame of that digest a moment ago."""
+        return digest in self._written
 
     async def start(self, state: State | None = None) -> None:
         """Find where our chain stands on the ledger, and begin to append.
@@ -82,17 +99,29 @@ class FrameAuthor:
             _fail(self._waiting.popleft(), UnavailableError(f"{self.name} stopped before the entry was appended"))
 
     def submit(
-        self, kinds: Sequence[tuple[type[Entry], dict[str, Any]]], attachments: Sequence[bytes] = ()
+        self,
+        kinds: Sequence[tuple[type[Entry], dict[str, Any]]],
+        attachments: Sequence[bytes] = (),
+        *,
+        after: Sequence[asyncio.Future[int]] = (),
+        urgent: bool = True,
     ) -> asyncio.Future[int]:
-        """Queue entries (type, own fields) that stand together; the future gives their position once durable."""
-        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        waiting = _Waiting(kinds, attachments, done, 512 * len(kinds) + sum(len(a) for a in attachments))
+        """Queue entries (type, own fields) that stand together; the future gives their position once durable.
+
+        `after` are futures of this author's earlier entries: if one of them fails, these are not entered either.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[int] = loop.create_future()
+        size = 512 * len(kinds) + sum(map(len, attachments))
+        waiting = _Waiting(kinds, attachments, done, after, size)
         if self._stopped:
             _fail(waiting, UnavailableError(f"{self.name} has stopped appending"))
             return done
         if len(self._waiting) >= WAITING_MAX:
             _fail(waiting, UnavailableError(f"{WAITING_MAX} entries wait for the ledger engine already"))
             return done
+        due = loop.time() + (0.0 if urgent else LINGER_S)
+        self._due = min(self._due, due) if self._waiting else due
         self._waiting.append(waiting)
         self._wake.set()
         return done
@@ -106,6 +135,7 @@ class FrameAuthor:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
+                await self._until_due()
                 group = self._take()
                 try:
                     await self._append(group)
@@ -114,6 +144,18 @@ class FrameAuthor:
                     for waiting in group:
                         _fail(waiting, UnavailableError(f"{self.name} stopped while the entry was being appended"))
                     raise
+
+    async def _until_due(self) -> None:
+        """Wait for what lingers, but for nothing longer than it may; and for the distance between two frames."""
+        loop = asyncio.get_running_loop()
+        while (wait_s := max(self._due, self._started + SPACING_S) - loop.time()) > 0:
+            self._wake.clear()
+            timer = loop.call_later(wait_s, self._wake.set)
+            try:
+                await self._wake.wait()
+            finally:
+                timer.cancel()
+        self._started = loop.time()
 
     def _take(self) -> list[_Waiting]:
         group = [self._waiting.popleft()]
@@ -128,6 +170,15 @@ class FrameAuthor:
 
     async def _append(self, group: Sequence[_Waiting]) -> None:
         """Append a group in one frame, and tell those who wait. Entries that no frame can hold fail alone."""
+        standing = []
+        for waiting in group:
+            if (error := waiting.bereaved()) is not None:
+                _fail(waiting, error)
+            else:
+                standing.append(waiting)
+        if not standing:
+            return
+        group = standing
         try:
             frame, digest = self._build(group)
         except Exception as error:  # whatever a caller's fields made of themselves: the author lives on
@@ -136,6 +187,7 @@ class FrameAuthor:
                 return
             await self._append_each(group)
             return
+        self._written.append(digest)
         try:
             position = await self._append_surely(frame, digest)
         except BmoeError as error:
@@ -194,7 +246,7 @@ class FrameAuthor:
             return last.position if last is not None and parse_frame(last.data).digest == digest else None
 
 
-def _fail(waiting: _Waiting, error: Exception) -> None:
+def _fail(waiting: _Waiting, error: BaseException) -> None:
     if not waiting.done.done():
         waiting.done.set_exception(error)
         waiting.done.exception()

@@ -7,10 +7,9 @@ from collections.abc import Awaitable, Callable
 
 from bmoe.ledger.ending import end
 from bmoe.ledger.rules.fold import Applied, apply_message
-from bmoe.ledger.rules.frames import parse_frame
+from bmoe.ledger.rules.frames import Frame, read_frame
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerStream, StreamMessage
-from bmoe.protocol.errors import BmoeError
 
 Fetch = Callable[[bytes], Awaitable[bytes]]
 OnApplied = Callable[[StreamMessage, Applied], None]
@@ -21,6 +20,7 @@ class Follower:
     """Keeps `state` up with the stream. `position` is that of the last message folded.
 
     `held` gives the leaves of a position that was folded, and recomputed, in an earlier life; None for a new one.
+    `own` tells frames that this very process signed, by digest.
     """
 
     def __init__(
@@ -32,11 +32,12 @@ class Follower:
         held: Held | None = None,
         fetch: Fetch | None = None,
         on_applied: OnApplied | None = None,
+        own: Callable[[bytes], bool] = lambda digest: False,
         position: int = 0,
     ) -> None:
         self.state, self.position = state, position
         self._stream, self._recompute, self._fetch, self._held = stream, recompute, fetch, held
-        self._on_applied = on_applied
+        self._on_applied, self._own = on_applied, own
         self._moved = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
 
@@ -94,11 +95,8 @@ class Follower:
         held = self._held(message) if self._held is not None else None
         if held is not None:
             return apply_message(self.state, message.data, recompute=False, held=held)
+        frame = read_frame(message.data)
         if self._recompute and self._fetch is not None:
-            try:
-                missing = parse_frame(message.data).missing
-            except BmoeError:
-                missing = ()
-            for digest in missing:
+            for digest in frame.missing if isinstance(frame, Frame) else ():
                 fetched[digest] = await self._fetch(digest)
-        return apply_message(self.state, message.data, fetched, self._recompute)
+        return apply_message(self.state, message.data, fetched, self._recompute, own=self._own, frame=frame)

@@ -23,7 +23,6 @@ from bmoe.ledger.follower import Follower
 from bmoe.ledger.receipts import ReceiptService
 from bmoe.ledger.refute import Reexecutor
 from bmoe.ledger.rules.fold import Applied
-from bmoe.ledger.rules.frames import parse_frame
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Anchor
 from bmoe.ledger.spotcheck import Rates, SpotChecks
@@ -73,6 +72,7 @@ class Validator:
             held=self._leaves_held,
             fetch=self._attachment,
             on_applied=self._on_applied,
+            own=self.author.wrote,
         )
         self.cosigner = Cosigner(name, signer, self.store, anchor.origin, stream)
         self.ticker = Ticker(self.author, self.state)
@@ -168,7 +168,7 @@ class Validator:
                 )
             return
         ticks = [event.facts["size"] for event in applied.events if event.kind == "tick"]
-        self.store.append(message.position, message.data, applied.leaves, ticks, openings_of(message, applied))
+        self.store.append(message.position, message.data, applied, ticks, openings_of(applied))
         for event in applied.events:
             if event.kind == "rejected":
                 log.warning("entry rejected position=%d %s", message.position, _pairs(event.facts))
@@ -220,17 +220,15 @@ class Validator:
         self.store.close()
 
 
-def openings_of(message: StreamMessage, applied: Applied) -> dict[bytes, bytes]:
-    """The inline attachments that accepted verdicts and answers of this message name: what receipts are made with."""
+def openings_of(applied: Applied) -> dict[bytes, bytes]:
+    """The inline attachments that accepted verdicts and answers of a message name: what receipts are made with."""
     wanted: set[bytes] = set()
     for event in applied.events:
         if event.kind == "verdict":
             wanted.update(event.facts["entry"].openings)
         elif event.kind == "answer":
             wanted.update((*event.facts["entry"].openings, event.facts["entry"].result_opening))
-    if not wanted:
-        return {}
-    attachments = parse_frame(message.data).attachments
+    attachments = applied.frame.attachments if applied.frame is not None else {}
     return {digest: attachments[digest] for digest in wanted if digest in attachments}
 
 

@@ -22,8 +22,8 @@ from bmoe.ledger.rules.entries import (
     Rejected,
     ReleaseEntry,
     Verdict,
-    parse_entry,
 )
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.merkle import Frontier, inclusion_proof, leaf_hash
 from bmoe.protocol.errors import ConfigError, LedgerError, LedgerForkError
 from bmoe.protocol.files import sync_folder
@@ -108,16 +108,15 @@ class Store:
             return Held(tuple(data for (data,) in leaves), bool(row[3]))
 
     def append(
-        self, position: int, data: bytes, leaves: Sequence[bytes], ticks: Iterable[int], openings: dict[bytes, bytes]
+        self, position: int, data: bytes, applied: Applied, ticks: Iterable[int], openings: dict[bytes, bytes]
     ) -> None:
         """Take the leaves of the next stream position, in memory; `ticks` are the sizes in them to be cosigned."""
         if position != self.next_position:
             raise LedgerError(f"the replica expects position {self.next_position}, position {position} came")
         first, wanted = self._frontier.size, set(ticks)
-        entries = [parse_entry(leaf) for leaf in leaves]
-        rejected = any(isinstance(entry, Rejected) for entry in entries)
-        self._frames.append((position, hashlib.sha256(data).digest(), first, len(leaves), int(rejected)))
-        for leaf, entry in zip(leaves, entries, strict=True):
+        rejected = any(isinstance(entry, Rejected) for entry in applied.entries)
+        self._frames.append((position, hashlib.sha256(data).digest(), first, len(applied.leaves), int(rejected)))
+        for leaf, entry in zip(applied.leaves, applied.entries, strict=True):
             self._leaves.append((self._frontier.size, leaf))
             for kind, name in index_names(entry):
                 self._found.setdefault((kind, name), self._frontier.size)

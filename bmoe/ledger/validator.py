@@ -15,6 +15,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import uvloop
+
 from bmoe.ledger.ending import end
 from bmoe.ledger.replica import RETRY_S, Settings, Validator
 from bmoe.ledger.rules.trust import parse_anchor
@@ -36,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=arguments.log_level, format="%(asctime)s level=%(levelname)s %(name)s %(message)s", stream=sys.stderr
     )
     try:
-        asyncio.run(_run(_settings(arguments)))
+        uvloop.run(_run(_settings(arguments)))
     except LedgerForkError as error:
         return _say(f"validator halted: {error}", FORKED)
     except ConfigError as error:

@@ -45,7 +45,7 @@ def decode(data: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Any:
         raise
     except (cbor2.CBORDecodeError, ValueError, OverflowError, TypeError, MemoryError) as error:
         raise EncodingError(f"not well-formed CBOR: {error}") from error
-    value = _checked(value, 0)
+    value = _checked(value)
     if encode(value) != data:
         raise EncodingError("not in deterministic form: re-encoding gives other bytes")
     return value
@@ -58,16 +58,22 @@ def _refuse_tag(*_: Any) -> Any:
 _NO_TAGS = {tag: _refuse_tag for tag in (*range(0, 6), *range(25, 38), 43000, 100, 256, 258, 260, 261, 1004, 55799)}
 
 
-def _checked(value: Any, depth: int) -> Any:
+_SCALARS = frozenset((int, bytes, str, bool))
+_MAP_KEYS = frozenset(range(24))
+
+
+def _checked(value: Any) -> Any:
+    """The value with tuples for arrays; every signed byte passes here, so scalars are passed over without a call each."""
     kind = type(value)
-    if kind is int or kind is bytes or kind is str or kind is bool:
+    if kind in _SCALARS:
         return value
     if kind is list or kind is tuple:
-        return tuple([_checked(item, depth + 1) for item in value])
+        return tuple([item if type(item) in _SCALARS else _checked(item) for item in value])
     if kind is dict:
-        if any(type(key) is not int or not 0 <= key <= 23 for key in value):
+        # The types first: `True` and `1.0` are equal to the key 1.
+        if any(type(key) is not int for key in value) or not _MAP_KEYS.issuperset(value):
             raise EncodingError("map keys must be integers 0..23")
-        return {key: _checked(value[key], depth + 1) for key in sorted(value)}
+        return {key: item if type(item := value[key]) in _SCALARS else _checked(item) for key in sorted(value)}
     raise EncodingError(f"a value of type {kind.__name__} is not accepted in a header")
 
 
@@ -78,10 +84,19 @@ def bstr(data: bytes) -> bytes:
 
 def bstr_head(length: int) -> bytes:
     """The head of a byte string of `length` bytes, in its shortest form."""
-    for limit, info, width in ((24, None, 0), (1 << 8, 24, 1), (1 << 16, 25, 2), (1 << 32, 26, 4)):
-        if length < limit:
-            return bytes([0x40 | length]) if info is None else bytes([0x40 | info]) + length.to_bytes(width, "big")
+    if length < 24:
+        return bytes((0x40 | length,))
+    if length < 1 << 8:
+        return bytes((0x58, length))
+    if length < 1 << 16:
+        return b"\x59" + length.to_bytes(2, "big")
+    if length < 1 << 32:
+        return b"\x5a" + length.to_bytes(4, "big")
     raise EncodingError(f"a byte string of {length} bytes exceeds 4 GiB")
+
+
+# By initial byte: how many bytes of length follow, and the least length that needs so many.
+_WIDTHS = {0x58: (1, 24), 0x59: (2, 1 << 8), 0x5A: (4, 1 << 16)}
 
 
 def read_bstr(data: bytes, offset: int) -> tuple[bytes, int]:
@@ -89,14 +104,17 @@ def read_bstr(data: bytes, offset: int) -> tuple[bytes, int]:
     if offset >= len(data):
         raise EncodingError(f"expected a byte string at offset {offset}, found the end of {len(data)} bytes")
     head = data[offset]
-    info = head & 0x1F
-    if head >> 5 != 2 or info > 26:
+    start = offset + 1
+    if 0x40 <= head < 0x58:
+        length = head - 0x40
+    elif head in _WIDTHS:
+        width, least = _WIDTHS[head]
+        start += width
+        length = int.from_bytes(data[offset + 1 : start], "big")
+        if length < least or start > len(data):
+            raise EncodingError(f"the length of the byte string at offset {offset} is not in its shortest form")
+    else:
         raise EncodingError(f"expected a byte string at offset {offset}, found initial byte 0x{head:02x}")
-    width = 0 if info < 24 else 1 << (info - 24)
-    start = offset + 1 + width
-    length = info if info < 24 else int.from_bytes(data[offset + 1 : start], "big")
-    if data[offset:start] != bstr_head(length):
-        raise EncodingError(f"the length of the byte string at offset {offset} is not in its shortest form")
     end = start + length
     if end > len(data):
         raise EncodingError(f"the byte string at offset {offset} needs {length} bytes, {len(data) - start} are left")

@@ -114,25 +114,31 @@ class Header:
         """The header's one spelling."""
         cls = type(self)
         values: dict[int, Any] = {0: WIRE_VERSION, 1: cls.TYPE}
-        for number, attribute in _keys(cls):
+        for number, attribute in _table(cls).keys:
             values[number] = getattr(self, attribute)
         return encode(values)
 
 
-_FIELDS: dict[type, tuple[dataclasses.Field[Any], ...]] = {}
-_KEYS: dict[type, tuple[tuple[int, str], ...]] = {}
+@dataclasses.dataclass(frozen=True)
+class _Table:
+    """A header type's fields in key order, looked up once: (key, attribute, check, what is expected)."""
+
+    rows: tuple[tuple[int, str, Check, str], ...]
+    keys: tuple[tuple[int, str], ...]
+    allowed: frozenset[int]
 
 
-def _fields(cls: type) -> tuple[dataclasses.Field[Any], ...]:
-    if cls not in _FIELDS:
-        _FIELDS[cls] = tuple(sorted(dataclasses.fields(cls), key=lambda f: f.metadata["key"]))
-    return _FIELDS[cls]
+_TABLES: dict[type, _Table] = {}
 
 
-def _keys(cls: type) -> tuple[tuple[int, str], ...]:
-    if cls not in _KEYS:
-        _KEYS[cls] = tuple((f.metadata["key"], f.name) for f in _fields(cls))
-    return _KEYS[cls]
+def _table(cls: type) -> _Table:
+    table = _TABLES.get(cls)
+    if table is None:
+        fields = sorted(dataclasses.fields(cls), key=lambda f: f.metadata["key"])
+        rows = tuple((f.metadata["key"], f.name, f.metadata["check"], f.metadata["expected"]) for f in fields)
+        keys = tuple((number, attribute) for number, attribute, _, _ in rows)
+        table = _TABLES[cls] = _Table(rows, keys, frozenset({0, 1, *(number for number, _ in keys)}))
+    return table
 
 
 def header_type(values: Any) -> int:
@@ -152,17 +158,19 @@ def from_map(cls: type[T], values: dict[int, Any]) -> T:
     kind = header_type(values)
     if kind != cls.TYPE:
         raise MessageError(f"expected a {cls.CONTEXT} (type {cls.TYPE}), found type {kind}")
-    fields = _fields(cls)
-    unknown = set(values) - {0, 1} - {f.metadata["key"] for f in fields}
-    if unknown:
-        raise MessageError(f"{cls.CONTEXT} has unknown keys {sorted(unknown)}")
+    table = _table(cls)
+    if not table.allowed.issuperset(values):
+        raise MessageError(f"{cls.CONTEXT} has unknown keys {sorted(set(values) - table.allowed)}")
     arguments = {}
-    for f in fields:
-        value = values.get(f.metadata["key"])
-        if value is None or not f.metadata["check"](value):
-            raise MessageError(f"{cls.CONTEXT}.{f.name} must be {f.metadata['expected']}, found {_short(value)}")
-        arguments[f.name] = value
-    return cls(**arguments)
+    for number, attribute, check, expected in table.rows:
+        value = values.get(number)
+        if value is None or not check(value):
+            raise MessageError(f"{cls.CONTEXT}.{attribute} must be {expected}, found {_short(value)}")
+        arguments[attribute] = value
+    # Past the frozen __init__, which sets each field through a call of its own: no header type has a __post_init__.
+    header = object.__new__(cls)
+    header.__dict__.update(arguments)
+    return header
 
 
 def from_bytes(cls: type[T], data: bytes) -> T:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+import uvloop
 from fastapi import FastAPI
 
 from bmoe.ledger.rules.entries import Revocation
@@ -214,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
         (log.warning if event.endswith(("_refused", "_failed", "_unreadable")) else log.info)(event, **facts)
 
     try:
-        asyncio.run(_serve(load_settings(state=arguments.state), report))
+        uvloop.run(_serve(load_settings(state=arguments.state), report))
     except BmoeError as error:
         log.error("stopped", error=str(error))
         return 1

@@ -210,3 +210,30 @@ async def test_too_many_waiting_are_refused_and_memory_stays_bounded(monkeypatch
     await author.start()
     await asyncio.gather(*futures[:3])
     await author.stop()
+
+
+async def test_an_entry_whose_foundation_failed_is_not_entered_either() -> None:
+    """An answer without its verdict would be false, and fence its author for ever."""
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    verdict = author.submit([(Answer, {"request": b"no frame can hold this"})], urgent=False)
+    answer = author.submit([_tick(1)], after=[verdict])
+    other = author.submit([_tick(2)])
+    results = await asyncio.gather(verdict, answer, other, return_exceptions=True)
+    assert isinstance(results[0], BmoeError | TypeError)
+    assert isinstance(results[1], UnavailableError) and "rests on" in str(results[1])
+    assert results[2] == 1 and engine.sizes() == [[2]]
+    await author.stop()
+
+
+async def test_what_nobody_waits_for_goes_along_with_what_somebody_does() -> None:
+    engine = Engine()
+    author = _author(engine)
+    await author.start()
+    lazy = author.submit([_tick(1)], urgent=False)
+    urgent = author.submit([_tick(2)])
+    assert await asyncio.wait_for(asyncio.gather(lazy, urgent), 5) == [1, 1] and engine.sizes() == [[1, 2]]
+    assert await asyncio.wait_for(author.submit([_tick(3)], urgent=False), 5) == 2, "and lingers only so long"
+    assert author.wrote(parse_frame(engine.data[1]).digest) and not author.wrote(bytes(32))
+    await author.stop()

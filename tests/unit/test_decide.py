@@ -8,25 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import pytest
 from ledger_fixtures import TOY, Fleet, Kind, OpenTask, inputs_for, tensor_of
 from rules_helpers import founded
 
 from bmoe.ledger.author import FrameAuthor
-from bmoe.ledger.rules.combine import Choices
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Verdict, parse_entry
 from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.outputs import Binding
-from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.messages import MAX_TENSORS, Output, open_message, seal_message, tensor_specs
 from bmoe.protocol.tensors import Tensor
 from bmoe.storage.evidence import EvidenceStore
-from coordinator.commit import Committer, Result
+from coordinator.commit import Committer
 from coordinator.decide import Decider, Timing
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet as View
-from coordinator.jobs import Accepted, Call, Job, Request
+from coordinator.jobs import Call, Job
 from coordinator.referee import Referee
 
 AGENTS = ("agent-1", "agent-2", "agent-3")
@@ -56,7 +53,9 @@ class Site:
     async def enter(self, *kinds: Kind, attachments: Sequence[bytes] = ()) -> int:
         return await self.submit(kinds, attachments)
 
-    def submit(self, kinds: Sequence[Kind], attachments: Sequence[bytes] = ()) -> asyncio.Future[int]:
+    def submit(
+        self, kinds: Sequence[Kind], attachments: Sequence[bytes] = (), *, urgent: bool = True
+    ) -> asyncio.Future[int]:
         self.applied.append(self.ledger.enter("coordinator", *kinds, attachments=attachments))
         done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         done.set_result(len(self.applied))
@@ -129,18 +128,3 @@ async def test_an_output_too_large_for_a_verdict_is_refused_and_another_agent_is
     verdict = parse_entry(site.applied[-1].leaves[0])
     assert isinstance(verdict, Verdict) and verdict.outcome == "accepted" and len(verdict.outputs) == 2
     assert site.decider.tally.refused_outputs == 1 and not site.ledger.state.authors["coordinator"].fenced
-
-
-async def test_an_answer_waits_for_the_verdicts_that_it_rests_on(tmp_path: Path) -> None:
-    """Queued behind them it could still be entered before them, or without them when one cannot be entered."""
-    site = Site(tmp_path)
-    entered: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    accepted = Accepted(bytes(16), (), b"", entered)
-    committer = Committer(cast(FrameAuthor, site), cast(EvidenceStore, site))
-    request = cast(Request, None)
-    answering = asyncio.ensure_future(committer.answer(request, cast(Choices, None), [accepted], cast(Result, None)))
-    await asyncio.sleep(0)
-    entered.set_exception(UnavailableError("the disk is full"))
-    with pytest.raises(UnavailableError, match="disk is full"):
-        await answering
-    assert not site.applied

@@ -19,6 +19,7 @@ from bmoe.ledger.audit import main as audit
 from bmoe.ledger.receipts import make_receipt
 from bmoe.ledger.rules.checkpoint import Checkpoint, cosign, parse_note
 from bmoe.ledger.rules.entries import BY_REFEREE, Rejected, Verdict, parse_entry
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.receipt import merge_receipts, verify_receipt
 from bmoe.ledger.rules.receipt_format import Evidence, format_receipt, parse_receipt
@@ -47,7 +48,9 @@ class Ledger:
         size = len(self.fleet.leaves)
         openings = {digest_of(o): o for o in self.attach}
         position = self.store.next_position
-        self.store.append(position, b"all of it", self.fleet.leaves[self.store.size :], [size], openings)
+        leaves = tuple(self.fleet.leaves[self.store.size :])
+        applied = Applied(leaves, tuple(map(parse_entry, leaves)), ())
+        self.store.append(position, b"all of it", applied, [size], openings)
         ((_, root),) = self.store.commit()
         self.store.keep_notes([(size, self.note(size, root, self.fleet.validators))])
         return size

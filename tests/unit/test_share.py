@@ -38,25 +38,35 @@ class Desk:
 
     def __init__(self, window_s: float = NEVER) -> None:
         self.jobs: list[Job] = []
-        self.started = asyncio.Event()
         self.sharer = Sharer(self._start, window_s, ROWS_MAX)
+        self.started: asyncio.Queue[Job] = asyncio.Queue()
 
     def _start(self, job: Job) -> None:
         self.jobs.append(job)
-        self.started.set()
+        self.started.put_nowait(job)
 
     def add(self, *calls: Call) -> list[list[Call]]:
         for call in calls:
             self.sharer.add(call)
+        return self.shares()
+
+    def shares(self) -> list[list[Call]]:
         return [list(job.calls) for job in self.jobs]
 
+    async def next(self) -> Job:
+        return await asyncio.wait_for(self.started.get(), 5)
 
-async def test_one_window_is_one_job_with_the_rows_in_order_of_arrival() -> None:
-    desk = Desk(window_s=0.01)
+
+def finish(job: Job) -> None:
+    for call in job.calls:
+        call.done.set_result((Accepted(job.task, (), b""), 0))
+
+
+async def test_calls_that_come_at_once_are_one_job_with_the_rows_in_order_of_arrival() -> None:
+    desk = Desk()
     calls = [_call(1, 1.0), _call(3, 2.0), _call(2, 3.0)]
     assert desk.add(*calls) == []
-    await asyncio.wait_for(desk.started.wait(), 5)
-    (job,) = desk.jobs
+    job = await desk.next()
     assert list(job.calls) == calls and job.binding.rows == 6
     rows = np.frombuffer(job.inputs[0].data, "<f4").reshape(6, 2)[:, 0]
     first = 0
@@ -66,18 +76,39 @@ async def test_one_window_is_one_job_with_the_rows_in_order_of_arrival() -> None
     assert commit_rows("", job.salt, job.inputs, 6) == job.binding.input_root
 
 
-async def test_a_full_window_closes_at_once_and_an_overfull_one_splits_between_calls() -> None:
-    a, b, c, d = (_call(n) for n in (5, 4, 4, 1))
+async def test_calls_wait_for_the_job_of_their_kind_under_way_and_then_go_together() -> None:
+    desk = Desk()
+    desk.add(first := _call(1))
+    job = await desk.next()
+    assert list(job.calls) == [first]
+    later = [_call(1), _call(2)]
+    assert desk.add(*later) == [[first]], "one of their kind is under way"
+    desk.add(stranger := _call(1, digest=2))
+    assert list((await desk.next()).calls) == [stranger], "another expert's calls wait for nobody"
+    finish(job)
+    assert list((await desk.next()).calls) == later
+
+
+async def test_a_job_that_hangs_holds_up_nobody_longer_than_the_window() -> None:
+    desk = Desk(window_s=0.01)
+    desk.add(_call(1))
+    await desk.next()
+    desk.add(later := _call(1))
+    assert list((await desk.next()).calls) == [later]
+
+
+async def test_a_full_queue_starts_at_once_and_an_overfull_one_splits_between_calls() -> None:
+    a, b, c = _call(5), _call(4), _call(8)
     desk = Desk()
     assert desk.add(a) == []
-    assert desk.add(b) == [[a]], "4 more would not fit: the first window goes, the call opens another"
-    assert desk.add(c) == [[a], [b, c]], "exactly full"
-    assert desk.add(d) == [[a], [b, c]]
+    assert desk.add(b) == [[a]], "9 rows do not fit: the first goes, the second waits"
+    assert desk.add(c) == [[a], [b], [c]], "exactly full"
 
 
-async def test_a_call_larger_than_a_window_goes_whole_and_alone() -> None:
+async def test_a_call_larger_than_a_job_goes_whole_and_alone() -> None:
     small, large = _call(1), _call(ROWS_MAX + 3)
-    assert Desk().add(small, large) == [[small], [large]]
+    desk = Desk()
+    assert desk.add(small, large) == [[small], [large]]
 
 
 async def test_tenants_experts_policies_and_shapes_are_never_mixed() -> None:
@@ -86,7 +117,8 @@ async def test_tenants_experts_policies_and_shapes_are_never_mixed() -> None:
         desk = Desk()
         one, strange, two = _call(4), _call(4, **other), _call(4)  # type: ignore[arg-type]
         assert desk.add(one, strange, two) == [[one, two]], other
-        assert desk.add(_call(4, **other))[1][0] is strange  # type: ignore[arg-type]
+        assert list((await desk.next()).calls) == [one, two]
+        assert list((await desk.next()).calls) == [strange]
 
 
 async def test_who_gave_up_is_left_out_and_moves_nobody() -> None:
@@ -99,10 +131,12 @@ async def test_who_gave_up_is_left_out_and_moves_nobody() -> None:
     everyone = Desk()
     everyone.add(first := _call(7))
     first.done.cancel()
-    everyone.add(second := _call(7))
-    second.done.cancel()
-    everyone.sharer.add(third := _call(ROWS_MAX))
-    assert [list(j.calls) for j in everyone.jobs] == [[third]]
+    await asyncio.sleep(0)
+    everyone.add(second := _call(ROWS_MAX))
+    assert everyone.shares() == [[second]] and len(everyone.sharer._queues) == 1
+    finish(everyone.jobs[0])
+    await asyncio.sleep(0)
+    assert not everyone.sharer._queues, "nothing is kept of what is done"
 
 
 async def test_an_expert_without_a_batch_axis_is_never_shared() -> None:

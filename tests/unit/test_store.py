@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from bmoe.ledger.rules.checkpoint import parse_checkpoint, parse_note
-from bmoe.ledger.rules.entries import Rejected
+from bmoe.ledger.rules.entries import Rejected, parse_entry
+from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.merkle import leaf_hash, merkle_root, verify_inclusion
 from bmoe.ledger.store import NOTES_KEPT, Store
 from bmoe.protocol.errors import ConfigError, LedgerError, LedgerForkError
@@ -36,10 +37,14 @@ def open_store(path: Path, **limits: int) -> Store:
     return Store(path, LEDGER, EPOCH, **limits)
 
 
+def folded(leaves: list[bytes]) -> Applied:
+    return Applied(tuple(leaves), tuple(map(parse_entry, leaves)), ())
+
+
 def append(store: Store, leaves: int = 3, tick: bool = True, openings: dict[bytes, bytes] | None = None) -> int:
     """The next position with that many leaves; the size behind it."""
     first = store.size if not store._leaves else store._leaves[-1][0] + 1
-    made = [leaf(i) for i in range(first, first + leaves)]
+    made = folded([leaf(i) for i in range(first, first + leaves)])
     size = first + leaves
     store.append(store.next_position, message(store.next_position), made, [size] if tick else [], openings or {})
     return size
@@ -72,7 +77,7 @@ def test_uncommitted_leaves_can_be_read_and_leaves_beyond_are_an_error(tmp_path:
     with pytest.raises(LedgerError, match="no leaf 6, its size is 6"):
         store.leaf(6)
     with pytest.raises(LedgerError, match="expects position 3, position 5 came"):
-        store.append(5, b"", [], [], {})
+        store.append(5, b"", folded([]), [], {})
 
 
 def test_one_root_a_size_and_sizes_only_grow(tmp_path: Path) -> None:
@@ -171,7 +176,7 @@ def test_openings_are_bounded_by_count_and_bytes_oldest_first(tmp_path: Path) ->
 def test_old_notes_are_forgotten_and_their_sizes_stay_refused(tmp_path: Path) -> None:
     store = open_store(tmp_path / "replica.db")
     made = [leaf(i) for i in range(NOTES_KEPT + 10)]
-    store.append(1, b"m", made, range(1, len(made) + 1), {})
+    store.append(1, b"m", folded(made), range(1, len(made) + 1), {})
     roots = store.commit()
     store.keep_notes([(size, "note") for size, _ in roots])
     append(store)

@@ -7,17 +7,17 @@ halts. Entry rules are in `membership`, `verdicts`, `answers` and `claims`, list
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from bmoe.ledger.rules.entries import Entry, Genesis, Rejected, parse_entry
-from bmoe.ledger.rules.frames import Frame, parse_frame
+from bmoe.ledger.rules.frames import Frame, read_frame
 from bmoe.ledger.rules.state import TASK_WINDOW_MS, AuthorState, Context, Event, FalseEntryError, State, made_at
 from bmoe.ledger.rules.table import RULES
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError
 
-PRUNE_LOOK = 64
+# More than a frame can close, so that what is pruned keeps up with what comes.
+PRUNE_LOOK = 512
 # How the reason of a rejected leaf begins when it fenced its author, so that the leaf alone tells; and how much is quoted.
 FALSE = "false: "
 FENCED_SHOWN = 200
@@ -28,10 +28,15 @@ UNFORESEEN = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErro
 
 @dataclass(frozen=True)
 class Applied:
-    """What one stream position became: leaves (bytes, in order) and events."""
+    """What one stream position became: leaves (bytes, in order), each read as its entry (None: opaque), and events.
+
+    `frame` is the message as parsed, None when it is no frame of this ledger.
+    """
 
     leaves: tuple[bytes, ...]
+    entries: tuple[Entry | None, ...]
     events: tuple[Event, ...]
+    frame: Frame | None = None
 
 
 def apply_message(
@@ -40,27 +45,35 @@ def apply_message(
     fetched: dict[bytes, bytes] | None = None,
     recompute: bool = True,
     held: Sequence[bytes] | None = None,
+    own: Callable[[bytes], bool] = lambda digest: False,
+    frame: Frame | BmoeError | None = None,
 ) -> Applied:
     """Fold one stream message. Never raises for bad content; `fetched` holds attachments named but not inline.
 
+    `frame` is what `read_frame` made of the data, where the caller has it already.
+    `own` tells, by digest, a frame that the caller itself signed: its signature is not verified again.
     `held` are the leaves that this position became when the caller itself folded it before: what it found false then is
     false now, without the attachments that showed it, which are not kept for ever.
     """
+    frame = read_frame(data) if frame is None else frame
     try:
-        frame = parse_frame(data)
-        _check_frame(state, frame)
+        if isinstance(frame, BmoeError):
+            raise frame
+        _check_frame(state, frame, own)
     except BmoeError as error:
         return _reject(state, hashlib.sha256(data).digest(), "unknown", 0, str(error))
     return _apply_frame(state, frame, {**frame.attachments, **(fetched or {})}, recompute, held)
 
 
-def _check_frame(state: State, frame: Frame) -> None:
+def _check_frame(state: State, frame: Frame, own: Callable[[bytes], bool]) -> None:
     header = frame.header
     if header.ledger != state.ledger or header.epoch != state.epoch:
         raise RefusedError(
             f"frame of ledger {header.ledger.hex()[:8]}/{header.epoch}, this is {state.ledger.hex()[:8]}/{state.epoch}"
         )
-    frame.sealed.verify(state.key_of(header.author))
+    key = state.key_of(header.author)
+    if not own(frame.digest):
+        frame.sealed.verify(key)
     author = state.authors.setdefault(header.author, AuthorState())
     if author.fenced:
         raise RefusedError(f"{header.author} is fenced: {author.fenced}")
@@ -78,6 +91,7 @@ def _apply_frame(
     author.seq, author.previous = header.seq, frame.digest
     context = Context(frame, attachments, recompute)
     leaves: list[bytes] = []
+    entries: list[Entry | None] = []
     events: list[Event] = []
     for place, data in enumerate(frame.entries):
         known = held[place] if held is not None and len(held) == len(frame.entries) else None
@@ -86,9 +100,10 @@ def _apply_frame(
         else:
             applied = _apply_entry(state, context, author, data)
         leaves.extend(applied.leaves)
+        entries.extend(applied.entries)
         events.extend(applied.events)
     _prune(state)
-    return Applied(tuple(leaves), tuple(events))
+    return Applied(tuple(leaves), tuple(entries), tuple(events), frame)
 
 
 def _apply_entry(state: State, context: Context, author: AuthorState, data: bytes) -> Applied:
@@ -111,7 +126,7 @@ def _apply_entry(state: State, context: Context, author: AuthorState, data: byte
             author.fenced = reason[:FENCED_SHOWN]
         return _reject(state, hashlib.sha256(data).digest(), header.author, header.seq, reason)
     state.size += 1
-    return Applied((data,), tuple(events))
+    return Applied((data,), (entry,), tuple(events))
 
 
 def _reject_again(state: State, author: AuthorState, leaf: bytes) -> Applied:
@@ -120,7 +135,7 @@ def _reject_again(state: State, author: AuthorState, leaf: bytes) -> Applied:
     if reason.startswith(FALSE):
         author.fenced = reason[:FENCED_SHOWN]
     state.size += 1
-    return Applied((leaf,), (Event("rejected", {"author": "", "reason": reason}),))
+    return Applied((leaf,), (entry,), (Event("rejected", {"author": "", "reason": reason}),))
 
 
 def _check_entry(state: State, context: Context, entry: Entry) -> None:
@@ -133,7 +148,7 @@ def _check_entry(state: State, context: Context, entry: Entry) -> None:
 
 
 def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> Applied:
-    leaf = Rejected(
+    rejected = Rejected(
         ledger=state.ledger,
         epoch=state.epoch,
         author=author,
@@ -141,9 +156,9 @@ def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> 
         time_ms=state.time_ms,
         digest=digest,
         reason=reason[:300],
-    ).to_bytes()
+    )
     state.size += 1
-    return Applied((leaf,), (Event("rejected", {"author": author, "reason": reason}),))
+    return Applied((rejected.to_bytes(),), (rejected,), (Event("rejected", {"author": author, "reason": reason}),))
 
 
 def _prune(state: State) -> None:
@@ -151,15 +166,18 @@ def _prune(state: State) -> None:
 
     Those that expire far too late (a coordinator dated them ahead) go to the end: they never hold up those behind them.
     """
-    for task, closed in list(islice(state.closed.items(), PRUNE_LOOK)):
-        if closed.expires_ms > state.time_ms + 2 * TASK_WINDOW_MS:
+    for _ in range(min(PRUNE_LOOK, len(state.closed))):
+        task, closed = next(iter(state.closed.items()))
+        if state.time_ms <= closed.expires_ms <= state.time_ms + 2 * TASK_WINDOW_MS:
+            break
+        if closed.expires_ms > state.time_ms:
             state.closed.move_to_end(task)
-        if closed.expires_ms >= state.time_ms:
             continue
         del state.closed[task]
         for key in [k for k in state.claims if k[0] == task]:
             del state.claims[key]
     # By the task's own date, for a task complained of may never get a verdict.
-    state.complaints -= {k for k in state.complaints if made_at(k[0]) + TASK_WINDOW_MS < state.time_ms}
+    if state.complaints:
+        state.complaints -= {k for k in state.complaints if made_at(k[0]) + TASK_WINDOW_MS < state.time_ms}
     while state.answers and next(iter(state.answers.values())) < state.time_ms:
         state.answers.popitem(last=False)

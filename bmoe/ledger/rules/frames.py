@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from bmoe.ledger.rules.entries import MAX_LEAF_BYTES
 from bmoe.ledger.rules.merkle import leaf_hash
-from bmoe.protocol.errors import MessageError
+from bmoe.protocol.envelope import split_envelope
+from bmoe.protocol.errors import BmoeError, MessageError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import FrameHeader, Sealed, open_message, seal_message
 
@@ -60,6 +61,12 @@ def build_frame(
     attachments: Sequence[bytes],
 ) -> tuple[bytes, bytes]:
     """A frame's bytes and its digest. Attachments above 64 KiB are named only: they must be in the evidence store."""
+    if len(entries) > MAX_ENTRIES or max(map(len, entries), default=0) > MAX_LEAF_BYTES:
+        largest = max(map(len, entries), default=0)
+        raise MessageError(
+            f"a frame has at most {MAX_ENTRIES} entries of {MAX_LEAF_BYTES} bytes, this one {len(entries)}, the largest "
+            f"of {largest}"
+        )
     unique = {hashlib.sha256(a).digest(): a for a in attachments}
     header = FrameHeader(
         ledger=ledger,
@@ -75,7 +82,15 @@ def build_frame(
     frame = seal_message(signer, header, [*entries, *inline])
     if len(frame) > MAX_FRAME_BYTES:
         raise MessageError(f"a frame has at most {MAX_FRAME_BYTES} bytes, this one {len(frame)}")
-    return frame, parse_frame(frame).digest
+    return frame, frame_digest(frame[: split_envelope(frame)[1]])
+
+
+def read_frame(data: bytes) -> Frame | BmoeError:
+    """The frame that a stream message is, or why it is none: parsed once for all who look at a position."""
+    try:
+        return parse_frame(data)
+    except BmoeError as error:
+        return error
 
 
 def parse_frame(data: bytes) -> Frame:
