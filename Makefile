@@ -7,13 +7,15 @@ VENV_TRAIN := .venv-train
 BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
 DEMO_FLAGS ?=
+BENCH_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
 DATA := seglearn==1.2.5
 
-.PHONY: help demo test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+.PHONY: help demo bench test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
+	@echo "make bench         what verification costs: the whole path with and without it, and onnxruntime alone"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
@@ -35,6 +37,9 @@ $(VENV_TRAIN)/.ready: pyproject.toml
 
 demo: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
+
+bench: $(VENV)/.ready
+	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/unit tests/integration

@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.processes import Running, Usage, command, descendants, finish, program, spawn, tail, usage
+from benchmarks.processes import Running, Usage, command, descendants, finish, parent_of, program, spawn, tail, usage
 from bmoe.client import Client
 from bmoe.protocol.errors import ConfigError, UnavailableError
 from coordinator.cli.admin import Admin
 from coordinator.embedded.ports import read_ports
 
 GATEWAY = "gateway"
+WORKER = "bmoe.inference.worker"
 UP_WITHIN_S = 60.0
 JOIN_WITHIN_S = 30.0
 ONLINE_WITHIN_S = 60.0
@@ -196,13 +197,19 @@ class LocalFleet:
         """The log of one process that this fleet started."""
         return self.logs / f"{name}.log"
 
+    def members(self) -> dict[int, str]:
+        """Every process of the fleet by its id, and its kind: agent, agent worker, and each of the gateway's."""
+        return {
+            member: _kind(name, command(member), command(parent_of(member)))
+            for name, pid in self.pids().items()
+            for member in descendants(pid)
+        }
+
     def usage(self) -> dict[str, Usage]:
-        """CPU and memory by kind: agent (parent), agent worker, and each of the gateway's processes."""
+        """CPU and memory by kind of process."""
         kinds: dict[str, Usage] = {}
-        for name, pid in self.pids().items():
-            for member in descendants(pid):
-                kind = _kind(name, command(member))
-                kinds[kind] = kinds.get(kind, Usage()) + usage(member)
+        for member, kind in self.members().items():
+            kinds[kind] = kinds.get(kind, Usage()) + usage(member)
         return kinds
 
     async def _spawn(self, name: str, argv: Sequence[str]) -> Running:
@@ -248,12 +255,14 @@ class LocalFleet:
         return "\n".join(f"{path}:\n{tail(path)}" for path in [self.log(GATEWAY), *logs])
 
 
-def _kind(name: str, line: str) -> str:
-    """What a process is, from its owner among ours and its command line."""
+def _kind(name: str, line: str, parent: str) -> str:
+    """What a process is, from its owner among ours, its command line and its parent's."""
     if name != GATEWAY:
-        return "agent worker" if "bmoe.inference.worker" in line else "agent"
+        return "agent worker" if WORKER in line else "agent"
+    if WORKER in line and "bmoe.ledger.validator" in parent:
+        return "validator worker"
     table = (
-        ("bmoe.inference.worker", "gateway worker"),
+        (WORKER, "gateway worker"),
         ("coordinator.service", "coordinator"),
         ("coordinator.identity.registrar", "registrar"),
         ("bmoe.ledger.validator", "validator"),

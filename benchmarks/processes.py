@@ -21,6 +21,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUF
 TICKS = os.sysconf("SC_CLK_TCK")
 TAIL_LINES = 12
 WIDEST = 220
+LINE_BYTES = 64 * 1024
 
 
 def program(name: str) -> str:
@@ -67,19 +68,27 @@ class Running:
             await self.process.wait()
 
 
-async def spawn(name: str, argv: Sequence[str], log: Path, stdout: int | None = None) -> Running:
+async def spawn(
+    name: str,
+    argv: Sequence[str],
+    log: Path,
+    stdout: int | None = None,
+    stdin: int = asyncio.subprocess.DEVNULL,
+    limit: int = LINE_BYTES,
+) -> Running:
     """Start `argv` (argv[0] an absolute path) in a session of its own; it is killed when this process dies.
 
-    Its output is appended to `log`; `stdout` may be asyncio.subprocess.PIPE instead. Call it in the main thread:
-    the kernel ties the child's life to the thread that forked it.
+    Its output is appended to `log`; `stdout` and `stdin` may be asyncio.subprocess.PIPE instead, `limit` is its longest
+    line. Call it in the main thread: the kernel ties the child's life to the thread that forked it.
     """
     with open(log, "ab") as file:  # noqa: ASYNC230 (a local file, before anything waits)
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), *argv,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=stdin,
             stdout=file if stdout is None else stdout,
             stderr=file,
             env=environment(),
+            limit=limit,
             start_new_session=True,  # a terminal's Ctrl-C is for us to act on, in our order
         )  # fmt: skip
     return Running(name, process, log)
@@ -119,14 +128,20 @@ class Usage:
         return Usage(self.count + other.count, self.cpu_s + other.cpu_s, self.pss_mb + other.pss_mb)
 
 
+def parent_of(pid: int) -> int:
+    """The id of a process's parent; 0 when the process is gone."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
 def descendants(pid: int) -> list[int]:
     """`pid` and all its living descendants."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, ValueError, IndexError):
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                children.setdefault(parent, []).append(int(entry.name))
+                children.setdefault(parent_of(int(entry.name)), []).append(int(entry.name))
     found, queue = [], [pid]
     while queue:
         found.append(queue.pop())
@@ -137,12 +152,17 @@ def descendants(pid: int) -> list[int]:
 def usage(pid: int) -> Usage:
     """Of one process, without its children: CPU seconds (user and system, ended children not) and Pss in MiB."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        cpu_s = (int(fields[11]) + int(fields[12])) / TICKS
+        cpu_s = cpu_seconds(Path(f"/proc/{pid}/stat"))
         found = re.search(r"^Pss:\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE)
         return Usage(1, cpu_s, int(found[1]) / 1024 if found else 0.0)
     except (OSError, IndexError, ValueError):
         return Usage()
+
+
+def cpu_seconds(stat: Path) -> float:
+    """User and system time that a `stat` file under /proc tells, a process's or a thread's; raises OSError when gone."""
+    fields = stat.read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICKS
 
 
 def command(pid: int) -> str:

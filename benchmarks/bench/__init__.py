@@ -1,0 +1,1 @@
+"""The benchmark: what verification costs, measured on real processes beside the same path without it."""
