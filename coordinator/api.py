@@ -22,6 +22,7 @@ from bmoe.protocol.tensors import Tensor
 from coordinator.answer import Answered
 from coordinator.gateway import Gateway
 from coordinator.intake import DATATYPE_OF
+from coordinator.mqtt_requests import MqttRequests, owner_of
 
 log = structlog.get_logger("api")
 TENANT = "public"
@@ -65,15 +66,33 @@ def _guarded(gateway: Gateway, handler: Callable[..., Awaitable[Response]]) -> H
         try:
             return await handler(gateway, request)
         except BmoeError as error:
-            code = next(status for kind, status in STATUS if isinstance(error, kind))
-            if isinstance(error, InputError) and "is not served here" in str(error):
-                code = 404
-            return _json({"error": str(error)}, code)
+            return _json({"error": str(error)}, _status(error))
         except Exception:
             log.exception("request_failed", path=request.url.path)
             return _json({"error": "internal error; the gateway's log has the details"}, 500)
 
     return guarded
+
+
+def _status(error: BmoeError) -> int:
+    if isinstance(error, InputError) and "is not served here" in str(error):
+        return 404
+    return next(status for kind, status in STATUS if isinstance(error, kind))
+
+
+def take_mqtt_requests(gateway: Gateway) -> MqttRequests:
+    """Answer what devices publish as requests, from now on, as HTTP clients are answered."""
+
+    async def answer(device: str, model: str, body: bytes) -> dict[str, Any]:
+        if len(body) > gateway.settings.body_bytes:
+            raise InputError(f"the body exceeds {gateway.settings.body_bytes} bytes")
+        tenant = owner_of(gateway.state.members, device)
+        with gateway.admitted():
+            return _response(await gateway.infer(model, body, tenant))
+
+    requests = MqttRequests(answer, gateway.link, _status)
+    gateway.take_requests(requests.take)
+    return requests
 
 
 async def _not_found(request: Request, error: Exception) -> Response:

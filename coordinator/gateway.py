@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +26,7 @@ from bmoe.protocol.errors import BmoeError, ProofError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Output, Refusal, Status
-from bmoe.protocol.topics import every_device, parse_topic
+from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_request, parse_topic
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.answer import Answered, Answerer
 from coordinator.catalogue import Catalogue
@@ -77,6 +77,7 @@ class Gateway:
         self.catalogue = Catalogue(self.state)
         self.fleet = Fleet(self.state, layout.fleet)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._on_request: Callable[[str, str, bytes], None] | None = None
         self._in_work = 0
         self.started = time.monotonic()
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -158,6 +159,11 @@ class Gateway:
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
         request = take_in(body, model, tenant, self.settings.policy, rows_max)
         return await self.answerer.answer(request)
+
+    def take_requests(self, handler: Callable[[str, str, bytes], None]) -> None:
+        """Hand what devices publish as requests to handler(device, model, payload), from now on."""
+        self._on_request = handler
+        self.link.subscribe(EVERY_REQUEST, 1)
 
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
@@ -269,6 +275,10 @@ class Gateway:
 
     def _on_message(self, topic: str, payload: bytes) -> None:
         try:
+            if is_request(topic):
+                if self._on_request is not None:
+                    self._on_request(*parse_request(topic), payload)
+                return
             device, channel = parse_topic(topic)
         except BmoeError as error:
             log.warning("message_refused", topic=topic, error=str(error))

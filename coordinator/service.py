@@ -12,7 +12,7 @@ import structlog
 import uvloop
 
 from bmoe.protocol.errors import BmoeError
-from coordinator.api import build_api
+from coordinator.api import build_api, take_mqtt_requests
 from coordinator.config import load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
@@ -29,6 +29,7 @@ async def serve(state: Path) -> None:
     ports = read_ports(state)
     gateway = Gateway(settings, ports)
     await gateway.start()
+    requests = take_mqtt_requests(gateway)
     loop = asyncio.get_running_loop()
     stopping: asyncio.Future[None] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -42,6 +43,7 @@ async def serve(state: Path) -> None:
             log.info("serving", host=settings.api_host, port=port, models=gateway.catalogue.names())
             await asyncio.wait([stopping, gateway.dead], return_when=asyncio.FIRST_COMPLETED)
     finally:
+        await requests.stop()
         await gateway.stop()
     if gateway.dead.done():
         gateway.dead.result()

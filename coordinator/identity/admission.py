@@ -1,7 +1,8 @@
 """The one decision about a connection: which certificate, under which client id, may do what. Pure.
 
 The checks, each with its own reason: 1 a certificate the CA vouches for; 2 in its time; 3 enrolled; 4 with the key
-that enrolled; 5 not revoked; and for the broker: 6 MQTT; 7 client id = certificate name; 8 a role that speaks there.
+that enrolled; 5 not revoked; and for the broker: 6 MQTT; 7 client id = certificate name, or that and a known suffix;
+8 a role that speaks there.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from bmoe.protocol.errors import MessageError, RefusedError
-from bmoe.protocol.topics import DOWN, ROOT, UP
+from bmoe.protocol.topics import DOWN, REQUEST, ROOT, UP
 from coordinator.identity.authority import spki_digest
 from coordinator.identity.directory import Directory, Known
 
 SUBSCRIPTIONS_MAX = 16
+# A device's further sessions: few, so that no device holds the broker's connections.
+DEVICE_SUFFIXES = ("pub", "sub", "source")
 
 
 @dataclass(frozen=True)
@@ -77,23 +80,29 @@ def check_certificate(
     known = identify(facts, directory, now_s)
     if connection != "mqtt":
         raise RefusedError(f"{known.name} may connect by MQTT only, not by {connection or 'an unnamed protocol'}")
-    if client_id != known.name and not (known.role != "agent" and client_id.startswith(known.name + ":")):
-        raise RefusedError(f"client id {client_id[:80]!r} is not the certificate's name {known.name!r}")
+    _check_client_id(known, client_id)
     permissions = _BY_ROLE.get(known.role)
     if permissions is None:
         raise RefusedError(f"{known.name} ({known.role}) has no part on the broker")
     return permissions(known.name)
 
 
+def _check_client_id(known: Known, client_id: str) -> None:
+    name, colon, suffix = client_id.partition(":")
+    if name != known.name or (colon and known.role == "agent" and suffix not in DEVICE_SUFFIXES):
+        forms = f", nor that and :{', :'.join(DEVICE_SUFFIXES)}" if known.role == "agent" else ""
+        raise RefusedError(f"client id {client_id[:80]!r} is not the certificate's name {known.name!r}{forms}")
+
+
 def _subjects(device: str, channels: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{ROOT.replace('/', '.')}.{device}.{channel}" for channel in channels)
 
 
-_QOS1 = ("$MQTT.sub.>",)
+_REQUESTS = (f"{REQUEST}.*",)
 _BY_ROLE: dict[str, Callable[[str], Permissions]] = {
-    "agent": lambda name: Permissions(_subjects(name, UP), _subjects(name, DOWN), SUBSCRIPTIONS_MAX),
+    "agent": lambda name: Permissions(_subjects(name, (*UP, *_REQUESTS)), _subjects(name, DOWN), SUBSCRIPTIONS_MAX),
     "coordinator": lambda name: Permissions(
-        _subjects("*", DOWN), _subjects("*", ("output", "refusal", "status", "health"))
+        _subjects("*", DOWN), _subjects("*", ("output", "refusal", "status", "health", *_REQUESTS))
     ),
     "validator": lambda name: Permissions((), _subjects("*", ("complaint", "status"))),
 }

@@ -67,6 +67,9 @@ def facts(name: str, spki: bytes = SPKI, begin: int = NOW - 10, end: int = NOW +
         (facts("pi-1", spki=b"o" * 32), "pi-1", "mqtt", "pi-1 has enrolled again with another TLS key"),
         (facts("pi-1"), "pi-2", "mqtt", "client id 'pi-2' is not the certificate's name 'pi-1'"),
         (facts("pi-1"), "pi-1:2", "mqtt", "client id 'pi-1:2' is not"),
+        (facts("pi-1"), "pi-1:", "mqtt", "client id 'pi-1:' is not"),
+        (facts("pi-1"), "pi-2:pub", "mqtt", "nor that and :pub, :sub, :source"),
+        (facts("pi-1"), "pi-1:pub:pub", "mqtt", "client id 'pi-1:pub:pub' is not"),
         (facts("pi-1"), "", "mqtt", "client id '' is not"),
         (facts("coordinator"), "coordinator-2", "mqtt", "client id 'coordinator-2' is not"),
         (facts("pi-1"), "", "nats", "pi-1 may connect by MQTT only, not by nats"),
@@ -84,16 +87,23 @@ def test_refusals_name_the_reason(
 def test_device_may_speak_as_itself_alone(directory: Directory) -> None:
     granted = check_certificate(facts("pi-1"), "pi-1", "mqtt", directory, NOW)
     assert granted.publish == tuple(
-        f"bmoe.v1.pi-1.{channel}" for channel in ("output", "refusal", "status", "health", "complaint")
+        f"bmoe.v1.pi-1.{channel}" for channel in ("output", "refusal", "status", "health", "complaint", "request.*")
     )
-    assert granted.subscribe == ("bmoe.v1.pi-1.task", "bmoe.v1.pi-1.notice")
+    assert granted.subscribe == ("bmoe.v1.pi-1.task", "bmoe.v1.pi-1.notice", "bmoe.v1.pi-1.reply")
     assert granted.subscriptions == 16
+
+
+def test_device_may_hold_three_further_sessions_under_its_name(directory: Directory) -> None:
+    for suffix in ("pub", "sub", "source"):
+        granted = check_certificate(facts("pi-1"), f"pi-1:{suffix}", "mqtt", directory, NOW)
+        assert granted == check_certificate(facts("pi-1"), "pi-1", "mqtt", directory, NOW)
 
 
 def test_coordinator_and_validator_hear_all_and_cannot_speak_for_devices(directory: Directory) -> None:
     coordinator = check_certificate(facts("coordinator"), "coordinator:2", "mqtt", directory, NOW)
-    assert coordinator.publish == ("bmoe.v1.*.task", "bmoe.v1.*.notice")
-    assert coordinator.subscribe == tuple(f"bmoe.v1.*.{c}" for c in ("output", "refusal", "status", "health"))
+    assert coordinator.publish == ("bmoe.v1.*.task", "bmoe.v1.*.notice", "bmoe.v1.*.reply")
+    heard = ("output", "refusal", "status", "health", "request.*")
+    assert coordinator.subscribe == tuple(f"bmoe.v1.*.{channel}" for channel in heard)
     validator = check_certificate(facts("validator-1"), "validator-1", "mqtt", directory, NOW)
     assert (validator.publish, validator.subscribe) == ((), ("bmoe.v1.*.complaint", "bmoe.v1.*.status"))
 

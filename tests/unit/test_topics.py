@@ -7,13 +7,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmoe.protocol.errors import MessageError
-from bmoe.protocol.topics import DOWN, UP, every_device, parse_topic, topic
+from bmoe.protocol.topics import (
+    DOWN,
+    EVERY_REQUEST,
+    UP,
+    every_device,
+    is_request,
+    parse_request,
+    parse_topic,
+    request_topic,
+    topic,
+)
 
 
 def test_topics_are_these() -> None:
     assert topic("agent-1", "task") == "bmoe/v1/agent-1/task"
     assert every_device("output") == "bmoe/v1/+/output"
-    assert (DOWN, UP) == (("task", "notice"), ("output", "refusal", "status", "health", "complaint"))
+    assert (DOWN, UP) == (("task", "notice", "reply"), ("output", "refusal", "status", "health", "complaint"))
+
+
+def test_a_request_names_its_device_and_its_model() -> None:
+    assert request_topic("pi-1", "wearable") == "bmoe/v1/pi-1/request/wearable"
+    assert EVERY_REQUEST == "bmoe/v1/+/request/+"
+    assert parse_request(request_topic("pi-1", "wearable")) == ("pi-1", "wearable")
+    assert is_request("bmoe/v1/pi-1/request/wearable") and not is_request("bmoe/v1/pi-1/request")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "bmoe/v1/pi-1/request", "bmoe/v1/pi-1/request/", "bmoe/v1/pi-1/request/a/b", "bmoe/v1//request/wearable"),
+        *("bmoe/v1/pi-1/request/a.b", "bmoe/v1/pi-1/request/A", "bmoe/v2/pi-1/request/a", "bmoe/v1/pi-1/output/a"),
+    ],
+)
+def test_any_other_topic_is_no_request(value: str) -> None:
+    with pytest.raises(MessageError, match="is not bmoe/v1/DEVICE/request/MODEL"):
+        parse_request(value)
 
 
 @pytest.mark.parametrize("channel", [*DOWN, *UP])

@@ -1,0 +1,220 @@
+"""Requests over MQTT: a device publishes one on its own topic and gets the answer on its reply topic.
+
+The broker lets each device publish under its own name alone, so the topic says who asks. What follows is the entrance
+that HTTP uses too. Each device has a queue of its own: one that floods the gateway waits for itself alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+import structlog
+
+from bmoe.protocol.errors import BmoeError, MessageError, RefusedError, UnavailableError
+from bmoe.protocol.topics import topic
+from coordinator.recent import Recent, request_key
+
+log = structlog.get_logger("mqtt_requests")
+
+DEVICE_WAITING = 32
+DEVICE_BYTES = 16 << 20
+DEVICE_RUNNING = 8
+WAITING_BYTES = 128 << 20
+REPLY_S = 60.0
+STOP_S = 3.0
+ID_CHARACTERS = 128
+# A body larger than this is not parsed only to echo its id in a refusal.
+PEEK_BYTES = 4096
+
+REFUSALS_SENT = 8
+RETRY_S = 0.05
+Answer = Callable[[str, str, bytes], Awaitable[dict[str, Any]]]
+
+
+class Replies(Protocol):
+    """What replying needs of the link."""
+
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]: ...
+
+    async def wait_up(self, timeout_s: float) -> None: ...
+
+
+@dataclass
+class _Queue:
+    """One device's requests: those that wait, how many are in work, the bytes of both, and refusals on their way."""
+
+    waiting: deque[tuple[str, bytes]] = field(default_factory=deque)
+    running: int = 0
+    bytes: int = 0
+    refusals: int = 0
+    told: bool = False
+
+
+class MqttRequests:
+    """Takes what devices publish; nothing of it blocks the link, nothing of it grows without bound.
+
+    `answer(device, model, body)` gives the reply of the HTTP API or raises BmoeError; `status(error)` is its HTTP status.
+    """
+
+    def __init__(self, answer: Answer, link: Replies, status: Callable[[BmoeError], int]) -> None:
+        self._answer, self._link, self._status = answer, link, status
+        self._queues: dict[str, _Queue] = {}
+        self._bytes = 0
+        self._recent = Recent()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stopping = False
+
+    def take(self, device: str, model: str, payload: bytes) -> None:
+        """A request as it came from the broker."""
+        queue = self._queues.setdefault(device, _Queue())
+        full = len(queue.waiting) + queue.running >= DEVICE_WAITING
+        full = full or (queue.bytes + len(payload) > DEVICE_BYTES and queue.bytes > 0)
+        if full or self._stopping or self._bytes + len(payload) > WAITING_BYTES:
+            self._refuse(device, queue, payload)
+            return
+        queue.waiting.append((model, payload))
+        queue.bytes += len(payload)
+        self._bytes += len(payload)
+        self._start(device, queue)
+
+    async def stop(self) -> None:
+        """Take nothing more, and let what is in work end within bounds."""
+        self._stopping = True
+        for queue in self._queues.values():
+            queue.waiting.clear()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_S)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, device: str, queue: _Queue) -> None:
+        while queue.waiting and queue.running < DEVICE_RUNNING:
+            model, payload = queue.waiting.popleft()
+            queue.running += 1
+            self._spawn(self._in_turn(device, queue, model, payload))
+
+    async def _in_turn(self, device: str, queue: _Queue, model: str, payload: bytes) -> None:
+        try:
+            await self._serve(device, model, payload)
+        finally:
+            queue.running -= 1
+            queue.bytes -= len(payload)
+            self._bytes -= len(payload)
+            self._start(device, queue)
+            if not queue.running:
+                self._queues.pop(device, None)
+
+    async def _serve(self, device: str, model: str, payload: bytes) -> None:
+        """One request, from its bytes to the broker's acknowledgement of its reply."""
+        key, client_id = b"", ""
+        try:
+            client_id = id_of(payload)
+            if client_id:
+                key = request_key(client_id, model, payload)
+                fresh, reply = self._recent.begin(device, key, time.monotonic())
+                if not fresh:
+                    log.info("request_repeated", device=device, id=client_id, in_work=reply is None)
+                    if reply is not None:
+                        await self._deliver(device, reply)
+                    return
+            reply = orjson.dumps(await self._answer(device, model, payload))
+        except BmoeError as error:
+            reply = self._error(error, client_id)
+            self._forget(device, key)
+        except Exception:
+            log.exception("request_failed", device=device, model=model)
+            reply = self._error(BmoeError("internal error; the gateway's log has the details"), client_id)
+            self._forget(device, key)
+        else:
+            if key:
+                self._recent.done(device, key, reply)
+        await self._deliver(device, reply, client_id)
+
+    def _forget(self, device: str, key: bytes) -> None:
+        if key:  # an error may pass: the same request again is another attempt
+            self._recent.forget(device, key)
+
+    async def _deliver(self, device: str, reply: bytes, client_id: str = "") -> None:
+        """Publish a reply, again after each break of the link, for REPLY_S."""
+        deadline = time.monotonic() + REPLY_S
+        while True:
+            try:
+                return await self._link.publish(topic(device, "reply"), reply, qos=1)
+            except MessageError as error:
+                reply = self._error(MessageError(f"the answer cannot be sent: {error}; ask for fewer rows"), client_id)
+            except UnavailableError as error:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    log.warning("reply_not_sent", device=device, id=client_id, reason=str(error))
+                    return
+                with contextlib.suppress(UnavailableError):
+                    await self._link.wait_up(left)
+                await asyncio.sleep(RETRY_S)  # a link that is up and takes nothing must not be tried in a rush
+
+    def _refuse(self, device: str, queue: _Queue, payload: bytes) -> None:
+        held = len(queue.waiting) + queue.running
+        if not queue.told:  # once for each time that its queue fills
+            queue.told = True
+            log.warning("requests_refused", device=device, held=held, bytes=queue.bytes)
+        if queue.refusals < REFUSALS_SENT:  # a flood of requests must not become a flood of refusals
+            queue.refusals += 1
+            self._spawn(self._tell_refused(device, queue, held, payload))
+
+    async def _tell_refused(self, device: str, queue: _Queue, held: int, payload: bytes) -> None:
+        limit = f"{held} requests of {device} with {queue.bytes} bytes are in work or wait, the limit: slow down"
+        error = UnavailableError("the gateway is stopping" if self._stopping else limit)
+        try:
+            client_id = id_of(payload) if len(payload) <= PEEK_BYTES else ""
+            refusal = self._error(error, client_id, 503 if self._stopping else 429)
+            await self._link.publish(topic(device, "reply"), refusal, qos=1)
+        except (UnavailableError, MessageError):
+            pass
+        finally:
+            queue.refusals -= 1
+
+    def _error(self, error: BmoeError, client_id: str, status: int | None = None) -> bytes:
+        values: dict[str, Any] = {"error": str(error), "status": status or self._status(error)}
+        return orjson.dumps({"id": client_id, **values} if client_id else values)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("background_task_failed", error=repr(task.exception()))
+
+
+def id_of(payload: bytes) -> str:
+    """The `id` of a request's body, empty if it has none; raises MessageError for an id or a body that is none.
+
+    The body is parsed for it only where it can have one.
+    """
+    if b'"id"' not in payload:
+        return ""
+    try:
+        values = orjson.loads(payload)
+    except orjson.JSONDecodeError as error:
+        raise MessageError(f"the body is not JSON: {error}") from None
+    found = values.get("id", "") if isinstance(values, dict) else ""
+    if not isinstance(found, str) or len(found) > ID_CHARACTERS:
+        raise MessageError(f"id must be text of at most {ID_CHARACTERS} characters")
+    return found
+
+
+def owner_of(members: dict[str, Any], device: str) -> str:
+    """Whose device it is, by its enrolment: the tenant of its requests. Raises RefusedError for a stranger."""
+    member = members.get(device)
+    if member is None or member.role != "agent":
+        raise RefusedError(f"{device} is not enrolled as a device on this ledger")
+    return str(member.owner)
