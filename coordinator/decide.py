@@ -133,8 +133,9 @@ class Decider:
         self.tally.tasks += 1
         try:
             await self._committer.opened(job)
-            kept = asyncio.ensure_future(self._keep(job))
-            decision, as_of = await self._drive(running, only)
+            first = self._ask_first(running, only)
+            kept = asyncio.ensure_future(self._committer.keep_input(job.task, first or self._message(job, COORDINATOR)))
+            decision, as_of = await self._drive(running)
             # At once, before anything is awaited: an output that still joined in would stand in the verdict without stance.
             accepted = self._decided(running, decision)
             await kept
@@ -148,14 +149,9 @@ class Decider:
         finally:
             self._release(running)
 
-    async def _keep(self, job: Job) -> None:
-        message = self._dispatcher.task_message(job, "coordinator", int(self._timing.task_s * 1000))
-        await self._committer.keep_input(job.task, message)
-
-    async def _drive(self, running: _Running, only: str | None) -> tuple[Decision, int]:
+    async def _drive(self, running: _Running) -> tuple[Decision, int]:
         """Do what the machine says until it closes; its decision, and the ledger size its standings were read at."""
         collection, job = running.collection, running.job
-        self._ask_first(running, only)
         while True:
             now = time.monotonic()
             for agent in collection.pending():
@@ -179,16 +175,17 @@ class Decider:
                 await _wait(running.wake, step.until - now)
                 running.wake.clear()
 
-    def _ask_first(self, running: _Running, only: str | None) -> None:
+    def _ask_first(self, running: _Running, only: str | None) -> bytes | None:
+        """Ask the first agents; one of the messages, if any was sent: it is what validators can compute again from."""
         if only is not None:
-            self._send(running, [only], 1)
+            message = self._send(running, [only], 1)
             running.collection.exhausted = True
-            return
+            return message
         eligible = len(self._fleet.eligible(()))
         wanted = running.collection.policy.replicas(eligible)
-        self._ask(running, min(max(wanted, 1), outputs_max(running.job.expert)))
+        return self._ask(running, min(max(wanted, 1), outputs_max(running.job.expert)))
 
-    def _ask(self, running: _Running, count: int) -> None:
+    def _ask(self, running: _Running, count: int) -> bytes | None:
         collection = running.collection
         policy = collection.policy
         room = outputs_max(running.job.expert) - len(collection.assigned)
@@ -197,13 +194,16 @@ class Decider:
         chosen = choose_agents(
             eligible, min(count, room), self._random, taken_owners=owners, distinct_owners=policy.distinct_owners
         )
-        self._send(running, chosen, count)
+        return self._send(running, chosen, count)
 
-    def _send(self, running: _Running, agents: list[str], wanted: int) -> None:
+    def _send(self, running: _Running, agents: list[str], wanted: int) -> bytes | None:
         running.collection.ask(agents, wanted, time.monotonic())
+        message = None
         for agent in agents:
             self._fleet.of(agent).load += 1
-            self._dispatcher.send(agent, self._message(running.job, agent))
+            message = self._message(running.job, agent)
+            self._dispatcher.send(agent, message)
+        return message
 
     def _message(self, job: Job, agent: str) -> bytes:
         return self._dispatcher.task_message(job, agent, int(self._timing.task_s * 1000))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import Any
 
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link
-from bmoe.protocol.messages import Notice, Task, seal_message, tensor_specs
+from bmoe.protocol.messages import MAX_NOTICED, Notice, Task, seal_message, tensor_specs
 from bmoe.protocol.topics import topic
 from coordinator.jobs import Counter, Job
+
+# A notice is awaited by nobody: signed once for what was decided meanwhile, it costs board and gateway far less.
+NOTICE_LINGER_S = 0.25
 
 
 class Dispatcher:
@@ -19,6 +23,8 @@ class Dispatcher:
         self._link, self._signer = link, signer
         self._common: dict[str, Any] = {"ledger": ledger, "epoch": epoch, "author": author}
         self._counter = Counter()
+        self._noticed: dict[str, list[tuple[bytes, str, str, bytes]]] = {}
+        self._flushing: asyncio.TimerHandle | None = None
 
     def task_message(self, job: Job, agent: str, timeout_ms: int) -> bytes:
         """The task for one agent: header, salt, inputs."""
@@ -42,10 +48,25 @@ class Dispatcher:
         _forget(self._link.publish(topic(agent, "task"), message, qos=0))
 
     def notify(self, agent: str, task: bytes, outcome: str, stance: str, output_root: bytes) -> None:
-        """Tell an agent the verdict of a task that it answered."""
-        notice = Notice(
-            **self._common, seq=self._counter.next(), task=task, outcome=outcome, stance=stance, output_root=output_root
-        )
+        """Tell an agent the verdict of a task that it answered: soon, together with others."""
+        waiting = self._noticed.setdefault(agent, [])
+        waiting.append((task, outcome, stance, output_root))
+        if len(waiting) >= MAX_NOTICED:
+            self._tell(agent, self._noticed.pop(agent))
+        elif self._flushing is None:
+            self._flushing = asyncio.get_running_loop().call_later(NOTICE_LINGER_S, self.flush)
+
+    def flush(self) -> None:
+        """Send the notices that wait."""
+        if self._flushing is not None:
+            self._flushing.cancel()
+            self._flushing = None
+        noticed, self._noticed = self._noticed, {}
+        for agent, verdicts in noticed.items():
+            self._tell(agent, verdicts)
+
+    def _tell(self, agent: str, verdicts: list[tuple[bytes, str, str, bytes]]) -> None:
+        notice = Notice(**self._common, seq=self._counter.next(), verdicts=tuple(verdicts))
         _forget(self._link.publish(topic(agent, "notice"), seal_message(self._signer, notice), qos=0))
 
 

@@ -116,10 +116,11 @@ class Gateway:
         common: dict[str, Any] = {"ledger": trust.ledger, "epoch": trust.epoch, "author": NAME}
         self.committer = Committer(self._author, self._evidence)
         self.referee = Referee(self._referee_runner, self.layout.blobs, signer, NAME, trust.ledger, trust.epoch)
+        self._dispatcher = Dispatcher(self.link, signer, NAME, trust.ledger, trust.epoch)
         self.decider = Decider(
             self.state,
             self.fleet,
-            Dispatcher(self.link, signer, NAME, trust.ledger, trust.epoch),
+            self._dispatcher,
             self.referee,
             self.committer,
             Timing(settings.task_timeout_ms / 1000, settings.hedge_min_ms / 1000, settings.referee_timeout_ms / 1000),
@@ -142,6 +143,7 @@ class Gateway:
     async def stop(self) -> None:
         """Finish what is owed, then go offline."""
         await self.answerer.settle()
+        self._dispatcher.flush()
         await self.link.stop()
         for task in self._tasks:
             task.cancel()

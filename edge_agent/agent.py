@@ -281,9 +281,10 @@ class Agent:
         stranger = admission.authenticate(sealed, self.rules())
         if stranger is not None:
             return self._ignore(stranger)
-        claim = self.complaints.judge(sealed.header, _now_ms())
-        if claim is not None:
-            self._spawn(self._complain(claim))
+        for task, _, stance, output_root in sealed.header.verdicts:
+            claim = self.complaints.judge(task, stance, output_root, _now_ms())
+            if claim is not None:
+                self._spawn(self._complain(claim))
 
     async def _complain(self, claim: Claim) -> None:
         own = await self.outbox.message(claim.task)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from dataclasses import dataclass
 
-from bmoe.protocol.messages import Notice
-
 # What a verdict says of an output that it does not count as right: dissenting, or unusable.
 AGAINST_US = ("d", "u", "dissent", "unusable", "invalid")
 
@@ -62,13 +60,13 @@ class Complaints:
         if task in self._open:
             self._open[task].reported_in, self._open[task].reported_ms = connection, now_ms
 
-    def judge(self, notice: Notice, now_ms: int) -> Claim | None:
-        """A notice settles its output: a claim if it shows another output as ours, or holds ours to be wrong."""
-        known = self._close(notice.task)
+    def judge(self, task: bytes, stance: str, output_root: bytes, now_ms: int) -> Claim | None:
+        """A verdict settles its output: a claim if it shows another output as ours, or holds ours to be wrong."""
+        known = self._close(task)
         if known is None:
             return None
-        wrong = notice.output_root != known.root or notice.stance in AGAINST_US
-        return self._claim(notice.task, "misjudged", known, now_ms) if wrong else None
+        wrong = output_root != known.root or stance in AGAINST_US
+        return self._claim(task, "misjudged", known, now_ms) if wrong else None
 
     def overdue(self, connection: int, now_ms: int) -> list[Claim]:
         """Claims for outputs that came in time, on the connection that still stands, and that nobody speaks of.

@@ -32,6 +32,7 @@ from bmoe.protocol.schema import (
 from bmoe.protocol.tensors import Tensor
 
 MAX_TENSORS = 64
+MAX_NOTICED = 256
 MAX_ROWS = 4096
 MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
 
@@ -121,16 +122,24 @@ class Health(Header):
     unreported: int = uint(15)
 
 
+def _is_noticed(value: Any) -> bool:
+    return (
+        type(value) is tuple
+        and len(value) == 4
+        and type(value[0]) is bytes
+        and len(value[0]) == 16
+        and all(type(word) is str and len(word) <= 16 for word in value[1:3])
+        and is_digest(value[3])
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Notice(Header):
-    """The coordinator tells an agent the verdict of a task that it answered."""
+    """The coordinator tells an agent the verdicts of tasks that it answered, several at a time."""
 
     TYPE = 6
     CONTEXT = "bmoe/notice/v1"
-    task: bytes = octets(6, 16)
-    outcome: str = text(7, 16)
-    stance: str = text(8, 16)
-    output_root: bytes = octets(9, 32)
+    verdicts: tuple[Any, ...] = array(6, _is_noticed, MAX_NOTICED, "[task, outcome, stance, output root]")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,7 @@ class EvidenceStore:
         self._pool = ThreadPoolExecutor(1, "evidence")
         self._waiting: list[tuple[bytes, bytes]] = []
         self._write: asyncio.Future[None] | None = None
+        self._turn = asyncio.Lock()
         self._pruned_ms = 0
 
     async def keep(self, items: Sequence[tuple[bytes, bytes]]) -> None:
@@ -64,9 +65,11 @@ class EvidenceStore:
         await asyncio.shield(self._write)
 
     async def _flush(self) -> None:
-        await asyncio.sleep(0)
-        batch, self._waiting, self._write = self._waiting, [], None
-        await asyncio.get_running_loop().run_in_executor(self._pool, self._insert, batch)
+        """One transaction at a time: whatever comes while it is being synced goes together in the next."""
+        async with self._turn:
+            await asyncio.sleep(0)
+            batch, self._waiting, self._write = self._waiting, [], None
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._insert, batch)
 
     def _insert(self, batch: Sequence[tuple[bytes, bytes]]) -> None:
         now = time.time_ns() // 1_000_000

@@ -74,7 +74,7 @@ def _statements() -> dict[str, Header]:
             throttled=0, queued=1, answered=100, refused=2, unreported=3,
         ),
         "notice": messages.Notice(
-            **coordinator, task=TASK, outcome="accepted", stance="agree", output_root=output().output_root
+            **coordinator, verdicts=((TASK, "accepted", "agree", output().output_root),)
         ),
         "complaint": messages.Complaint(**agent, task=TASK, reason="missing"),
         "member": messages.Member(

@@ -114,9 +114,9 @@ class Bench:
 
     def notice(self, output: Output, stance: str, root: bytes | None = None) -> bytes:
         header = Notice(
-            **self.gateway.common("coordinator"), task=output.task, outcome="accepted", stance=stance,
-            output_root=root or output.output_root,
-        )  # fmt: skip
+            **self.gateway.common("coordinator"),
+            verdicts=((output.task, "accepted", stance, root or output.output_root),),
+        )
         return seal_message(self.gateway.coordinator, header)
 
     def end(self) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from agent_helpers import LEDGER
-
-from bmoe.protocol.messages import Notice
 from edge_agent.complain import Claim, Complaints
 
 ROOT, OTHER = b"r" * 32, b"o" * 32
@@ -22,26 +19,23 @@ def complaints(count: int = 1, size: int = 10_000, per_minute: int = 6) -> Compl
     return made
 
 
-def notice(number: int = 0, stance: str = "a", root: bytes = ROOT) -> Notice:
-    return Notice(
-        ledger=LEDGER, epoch=0, author="coordinator", seq=1, task=task(number), outcome="accepted", stance=stance,
-        output_root=root,
-    )  # fmt: skip
+def noticed(number: int = 0, stance: str = "a", root: bytes = ROOT) -> tuple[bytes, str, bytes]:
+    return task(number), stance, root
 
 
 def test_a_verdict_for_us_or_beside_the_point_ends_the_matter() -> None:
     for stance in ("a", "n", "i", "agree", "neutral"):
         made = complaints()
-        assert made.judge(notice(stance=stance), T0) is None
+        assert made.judge(*noticed(stance=stance), T0) is None
         assert len(made) == 0
-    assert complaints().judge(notice(number=5, stance="d"), T0) is None, "not a task that we answered"
+    assert complaints().judge(*noticed(number=5, stance="d"), T0) is None, "not a task that we answered"
 
 
 def test_an_output_held_to_be_wrong_or_shown_as_another_is_complained_about_once() -> None:
-    for wrong in (notice(stance="d"), notice(stance="u"), notice(root=OTHER)):
+    for wrong in (noticed(stance="d"), noticed(stance="u"), noticed(root=OTHER)):
         made = complaints()
-        assert made.judge(wrong, T0) == Claim(task(0), "misjudged", b"task 0")
-        assert made.judge(wrong, T0) is None
+        assert made.judge(*wrong, T0) == Claim(task(0), "misjudged", b"task 0")
+        assert made.judge(*wrong, T0) is None
 
 
 def test_silence_is_complained_about_only_where_it_proves_something() -> None:
@@ -63,18 +57,18 @@ def test_silence_while_the_link_is_down_proves_nothing() -> None:
 
 def test_a_coordinator_that_judges_everything_wrong_cannot_make_us_flood_the_validators() -> None:
     made = complaints(20)
-    claims = [made.judge(notice(number, stance="d"), T0 + number) for number in range(20)]
+    claims = [made.judge(*noticed(number, stance="d"), T0 + number) for number in range(20)]
     assert sum(claim is not None for claim in claims) == 6
     assert made.suppressed == 14
     made.watch(task(50), T0, ROOT, b"later")
-    assert made.judge(notice(50, stance="d"), T0 + 60_001) is not None
+    assert made.judge(*noticed(50, stance="d"), T0 + 60_001) is not None
 
 
 def test_what_is_kept_for_complaints_is_bounded_and_can_be_nothing() -> None:
     made = complaints(2000, size=1000)
     assert len(made) * len(b"task 1999") <= 1000
-    assert made.judge(notice(0, stance="d"), T0) is None, "the oldest is forgotten"
-    assert made.judge(notice(1999, stance="d"), T0) is not None
+    assert made.judge(*noticed(0, stance="d"), T0) is None, "the oldest is forgotten"
+    assert made.judge(*noticed(1999, stance="d"), T0) is not None
     made.watch(task(1), T0, ROOT, bytes(1001))
-    assert made.judge(notice(1, stance="d"), T0) is None
+    assert made.judge(*noticed(1, stance="d"), T0) is None
     assert len(complaints(per_minute=0)) == 0
