@@ -108,13 +108,14 @@ class Answerer:
             self._sharer.add(call)
         done = await asyncio.gather(*(call.done for _, _, call in calls))
         tasks: list[Accepted] = []
+        places: dict[bytes, int] = {}
         task_index, task_rows = np.zeros_like(routing.experts), np.zeros_like(routing.experts)
         for (index, rows, _), (accepted, first) in zip(calls, done, strict=True):
-            if accepted not in tasks:
+            if accepted.task not in places:
+                places[accepted.task] = len(tasks)
                 tasks.append(accepted)
-            where = np.argwhere(routing.experts[rows] == index)
-            for place, choice in where:
-                task_index[rows[place], choice] = tasks.index(accepted)
+            for place, choice in np.argwhere(routing.experts[rows] == index).tolist():
+                task_index[rows[place], choice] = places[accepted.task]
                 task_rows[rows[place], choice] = first + place
         return Choices(routing.experts, routing.weights, task_index, task_rows), tasks
 

@@ -19,8 +19,8 @@ from coordinator.jobs import Request, ServedModel
 
 GATE_TIMEOUT_S = 5.0
 ROWS_MAX = 256
-# The gate's digest, and the dims behind axis 0: only rows of one shape can lie in one batch.
-Key = tuple[bytes, tuple[tuple[int, ...], ...]]
+# The gate's digest, top_k, and the dims behind axis 0: only rows of one shape can lie in one batch.
+Key = tuple[bytes, int, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Routing:
 class _Lane:
     """Requests that wait for one gate; whoever finds it idle runs it for all who wait."""
 
-    waiting: list[tuple[Request, asyncio.Future[np.ndarray]]] = field(default_factory=list)
+    waiting: list[tuple[Request, asyncio.Future[Routing]]] = field(default_factory=list)
     task: asyncio.Task[None] | None = None
 
 
@@ -60,15 +60,14 @@ class Gate:
             shape = (request.rows, 1)
             return Routing(np.zeros(shape, "<u2"), np.ones(shape, "<f4"))
         if model.gate.batch:
-            scores = await self._shared(request, model.gate)
-        else:
-            scores = await self._run(model, model.gate, request.tensors, request.rows)
+            return await self._shared(request, model.gate)
+        scores = await self._run(model, model.gate, request.tensors, request.rows)
         return Routing(*choose(scores, model.statement.top_k))
 
-    async def _shared(self, request: Request, gate: Release) -> np.ndarray:
-        key = (gate.digest, tuple(t.dims[1:] for t in request.tensors))
+    async def _shared(self, request: Request, gate: Release) -> Routing:
+        key = (gate.digest, request.model.statement.top_k, tuple(t.dims[1:] for t in request.tensors))
         lane = self._lanes.setdefault(key, _Lane())
-        done: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[Routing] = asyncio.get_running_loop().create_future()
         lane.waiting.append((request, done))
         if lane.task is None:
             lane.task = asyncio.create_task(self._serve(key, lane, gate))
@@ -86,7 +85,7 @@ class Gate:
             _fail(lane.waiting, InferenceError("the gateway is stopping"))
             del self._lanes[key]
 
-    async def _score_all(self, group: Sequence[tuple[Request, asyncio.Future[np.ndarray]]], gate: Release) -> None:
+    async def _score_all(self, group: Sequence[tuple[Request, asyncio.Future[Routing]]], gate: Release) -> None:
         requests = [request for request, _ in group]
         model = requests[0].model
         rows = sum(r.rows for r in requests)
@@ -104,10 +103,12 @@ class Gate:
                 except BmoeError as error:
                     _fail([one], error)
             return
+        experts, weights = choose(scores, model.statement.top_k)
         start = 0
         for request, done in group:
+            mine = slice(start, start + request.rows)
             if not done.done():
-                done.set_result(scores[start : start + request.rows])
+                done.set_result(Routing(experts[mine], weights[mine]))
             start += request.rows
 
     async def _run(self, model: ServedModel, gate: Release, inputs: Sequence[Tensor], rows: int) -> np.ndarray:
@@ -122,8 +123,8 @@ class Gate:
 
 
 def _take(
-    waiting: list[tuple[Request, asyncio.Future[np.ndarray]]],
-) -> list[tuple[Request, asyncio.Future[np.ndarray]]]:
+    waiting: list[tuple[Request, asyncio.Future[Routing]]],
+) -> list[tuple[Request, asyncio.Future[Routing]]]:
     """The first of those who wait, as many as fit in one run, at least one."""
     rows, count = 0, 0
     for request, _ in waiting:
@@ -136,7 +137,7 @@ def _take(
     return group
 
 
-def _fail(group: Sequence[tuple[Request, asyncio.Future[np.ndarray]]], error: Exception) -> None:
+def _fail(group: Sequence[tuple[Request, asyncio.Future[Routing]]], error: Exception) -> None:
     for _, done in group:
         if not done.done():
             done.set_exception(error)

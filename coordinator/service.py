@@ -11,6 +11,7 @@ from pathlib import Path
 import structlog
 import uvloop
 
+from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError
 from coordinator.api import build_api, take_mqtt_requests
 from coordinator.config import load_settings
@@ -39,6 +40,7 @@ async def serve(state: Path) -> None:
         async with serving(
             api, settings.api_host, ports["api"], connections_max=settings.requests_waiting + 64
         ) as port:
+            keep_what_is_loaded()
             notify_ready(port=port)
             log.info("serving", host=settings.api_host, port=port, models=gateway.catalogue.names())
             await asyncio.wait([stopping, gateway.dead], return_when=asyncio.FIRST_COMPLETED)

@@ -48,7 +48,7 @@ async def serving(
         raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
     config = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, server_header=False,
-        limit_concurrency=connections_max, timeout_keep_alive=5, timeout_graceful_shutdown=STOP_S,
+        limit_concurrency=connections_max, timeout_keep_alive=30, timeout_graceful_shutdown=STOP_S,
         proxy_headers=False,  # or callers from loopback could name any address as theirs
     )  # fmt: skip
     config.load()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from bmoe.inference.runner import Runner, RunResult
+from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, InputError, ModelError, RefusedError
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Complaint, Notice, Refusal, open_message, seal_message
@@ -106,6 +107,7 @@ class Agent:
         try:
             await self.link.start()
             await self.runner.start()
+            keep_what_is_loaded()
             self._ready = True
             self._announce()
             self.trust.refresh_soon()

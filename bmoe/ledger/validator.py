@@ -22,6 +22,7 @@ from bmoe.ledger.replica import RETRY_S, Settings, Validator
 from bmoe.ledger.rules.trust import parse_anchor
 from bmoe.ledger.spotcheck import Rates
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
+from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerForkError, UnavailableError
 from bmoe.protocol.keys import Signer
 
@@ -139,6 +140,7 @@ async def _connect(settings: Settings) -> LedgerStream:
 async def _tell_ready(ready: asyncio.Event) -> None:
     """One JSON line on the pipe that a supervisor left us, if any (see coordinator.embedded.ready)."""
     await ready.wait()
+    keep_what_is_loaded()
     handle = os.environ.pop(READY_FD, None)
     if handle is not None:
         with os.fdopen(int(handle), "wb", buffering=0) as pipe:

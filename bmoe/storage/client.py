@@ -6,10 +6,12 @@ Nothing fetched is believed: blobs are checked against their digest here, everyt
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import http.client
 import json
 import ssl
+from collections import deque
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +24,7 @@ EVIDENCE_BYTES = 64 * 1024 * 1024
 
 
 class GatewayClient:
-    """HTTPS to one gateway with a client certificate; each call is one connection in a thread, and may be repeated."""
+    """HTTPS to one gateway with a client certificate; calls run in threads, one of them on a connection kept open."""
 
     def __init__(self, url: str, ca: Path, certificate: Path, key: Path, timeout_s: float = TIMEOUT_S) -> None:
         """Raises ConfigError for a URL that is not https://host:port or TLS files that cannot be used."""
@@ -35,6 +37,7 @@ class GatewayClient:
             self._tls.load_cert_chain(str(certificate), str(key))
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(f"gateway TLS files {ca}, {certificate}, {key}: {error}") from error
+        self._kept: deque[http.client.HTTPSConnection] = deque(maxlen=1)
 
     async def evidence(self, task: bytes) -> bytes:
         """The kept input message of a task: a sealed Task header, salt and input tensors."""
@@ -68,22 +71,44 @@ class GatewayClient:
 
     def get(self, path: str, size_max: int) -> bytes:
         """The body of a GET; raises UnavailableError (absent, down), RefusedError (403) or InputError (too large)."""
-        connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
         try:
-            connection.request("GET", path)
-            response = connection.getresponse()
-            if response.status != 200:
-                raise _refusal(response.status, response.read(ERROR_BYTES), path)
-            body = response.read(size_max + 1)
+            connection, response = self._ask(path)
         except (OSError, http.client.HTTPException) as error:
-            raise UnavailableError(
-                f"gateway {self._host}:{self._port}{path}: {error or type(error).__name__}"
-            ) from error
+            raise self._unavailable(path, error) from error
+        try:
+            body = response.read(size_max + 1 if response.status == 200 else ERROR_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._unavailable(path, error) from error
         finally:
-            connection.close()
+            if response.isclosed() and not self._kept:  # read to its end: a handshake costs more than all else here
+                self._kept.append(connection)
+            else:
+                connection.close()
+        if response.status != 200:
+            raise _refusal(response.status, body, path)
         if len(body) > size_max:
             raise InputError(f"gateway {path} gives more than the {size_max} bytes expected")
         return body
+
+    def _ask(self, path: str) -> tuple[http.client.HTTPSConnection, http.client.HTTPResponse]:
+        """Send a GET on the connection kept, and on a new one where that has been closed meanwhile."""
+        with contextlib.suppress(IndexError):
+            kept = self._kept.popleft()
+            try:
+                kept.request("GET", path)
+                return kept, kept.getresponse()
+            except (OSError, http.client.HTTPException):
+                kept.close()
+        connection = http.client.HTTPSConnection(self._host, self._port, timeout=self._timeout_s, context=self._tls)
+        try:
+            connection.request("GET", path)
+            return connection, connection.getresponse()
+        except (OSError, http.client.HTTPException):
+            connection.close()
+            raise
+
+    def _unavailable(self, path: str, error: Exception) -> UnavailableError:
+        return UnavailableError(f"gateway {self._host}:{self._port}{path}: {error or type(error).__name__}")
 
 
 def _refusal(status: int, body: bytes, path: str) -> Exception:

@@ -25,6 +25,7 @@ from fastapi import FastAPI
 from bmoe.ledger.rules.entries import Revocation
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
+from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.storage.evidence import EvidenceReader
@@ -200,7 +201,12 @@ async def _serve(settings: GatewaySettings, report: Report) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await Registrar(settings, report).run(stop, lambda port: notify_ready(port=port))
+
+    def ready(port: int) -> None:
+        keep_what_is_loaded()
+        notify_ready(port=port)
+
+    await Registrar(settings, report).run(stop, ready)
 
 
 def main(argv: list[str] | None = None) -> int:

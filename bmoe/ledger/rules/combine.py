@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -32,8 +33,9 @@ def choose(scores: np.ndarray, top_k: int) -> tuple[np.ndarray, np.ndarray]:
 
     scores: float [rows, experts]. Returns uint16 [rows, top_k] and float32 [rows, top_k].
     """
-    order = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :top_k]
-    chosen = np.take_along_axis(scores.astype(np.float64), order, axis=1)
+    exact = scores.astype(np.float64)
+    order = (-exact).argsort(axis=1, kind="stable")[:, :top_k]
+    chosen = exact[np.arange(len(exact))[:, None], order]
     total = chosen.sum(axis=1, keepdims=True)
     even = np.full_like(chosen, 1.0 / top_k)
     weights = np.divide(chosen, total, out=even, where=total > 0)
@@ -65,7 +67,7 @@ def combine(rule: str, choices: Choices, outputs: Sequence[Sequence[Tensor]], ba
     if rule != "weighted_sum":
         raise MessageError(f"combine rule {rule!r} is not known here")
     # A task that no choice names could lend its names and types to an answer that its expert has no part in.
-    if not outputs or set(np.unique(choices.task_index).tolist()) != set(range(len(outputs))):
+    if not outputs or set(choices.task_index.ravel().tolist()) != set(range(len(outputs))):
         raise MessageError(f"the choices must name each of the {len(outputs)} tasks, and no other")
     if any(len(o) != len(outputs[0]) for o in outputs):
         raise MessageError(f"the tasks differ in how many tensors they hold: {[len(o) for o in outputs]}")
@@ -81,19 +83,19 @@ def _weighted(choices: Choices, parts: Sequence[Tensor], batch: bool) -> Tensor:
         raise MessageError(f"outputs of {first.dtype} cannot be summed with weights")
     _check_alike(parts, batch, rows)
     arrays = [np.frombuffer(p.data, dtype).reshape(p.dims if batch else (1, *p.dims)) for p in parts]
-    sizes = np.array([a.shape[0] for a in arrays])
-    if (choices.task_rows >= sizes[choices.task_index]).any():
+    sizes = [len(a) for a in arrays]
+    if (choices.task_rows >= np.array(sizes)[choices.task_index]).any():
         raise MessageError("a choice points outside its tasks")
-    offsets = np.concatenate(([0], np.cumsum(sizes)[:-1]))
+    offsets = np.array([0, *accumulate(sizes[:-1])])
     stacked = np.concatenate(arrays)
     where = offsets[choices.task_index] + choices.task_rows
     if top_k == 1:
         result = stacked[where[:, 0]]
     else:
         total = np.zeros((rows, *stacked.shape[1:]), np.float64)
+        weights = choices.weights.astype(np.float64).reshape(rows, top_k, *([1] * (stacked.ndim - 1)))
         for k in range(top_k):
-            weight = choices.weights[:, k].astype(np.float64).reshape(rows, *([1] * (stacked.ndim - 1)))
-            total += weight * stacked[where[:, k]].astype(np.float64)
+            total += weights[:, k] * stacked[where[:, k]]  # float64 times a narrower float: widened first, exactly
         result = total.astype(dtype)
     return Tensor(first.name, first.dtype, tuple(result.shape[0 if batch else 1 :]), result.tobytes())
 

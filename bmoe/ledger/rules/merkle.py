@@ -177,11 +177,17 @@ class Frontier:
 
 
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
-    """The root over leaf contents held in memory, such as the rows of one task."""
-    frontier = Frontier()
-    for leaf in leaves:
-        frontier.append(leaf_hash(leaf))
-    return frontier.root()
+    """The root over leaf contents held in memory, such as the rows of one task.
+
+    Level by level: a node without a sibling is carried up, which gives the tree of RFC 9162, section 2.1.1.
+    """
+    if not leaves:
+        return EMPTY_ROOT
+    level = [leaf_hash(leaf) for leaf in leaves]
+    while len(level) > 1:
+        lone = level[len(level) & ~1 :]
+        level = [node_hash(left, right) for left, right in zip(level[::2], level[1::2], strict=False)] + lone
+    return level[0]
 
 
 def row_proof(leaves: Sequence[bytes], index: int) -> list[bytes]:
