@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bmoe import __version__
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
+from edge_agent.cli_source import add_source_commands
 
 EPILOG = """
 first time on a board:
@@ -77,9 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 
     settings = commands.add_parser("settings", help="show every setting and what is in force")
     settings.set_defaults(command=_settings)
-    for command in (join, run, settings):
+    asking = add_source_commands(commands)
+    for command in (join, run, settings, *asking):
         command.add_argument("--state", type=Path, metavar="DIR", help="the one directory that is written to")
-    for command in (run, settings):
+    for command in (run, settings, *asking):
         command.add_argument("--config", type=Path, metavar="FILE", help="TOML file; default: agent.toml in --state")
     return parser
 

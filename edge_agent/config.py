@@ -48,6 +48,14 @@ class AgentSettings(BaseSettings):
     notice_wait_s: int = Field(30, ge=1, description="How long after its deadline a task's notice may take.")
     health_every_s: float = Field(10.0, gt=0, le=3600, description="Pause between health messages.")
     keepalive_s: int = Field(20, ge=2, le=600, description="MQTT keepalive.")
+    source_local: bool = Field(
+        False, description="A source is answered by this board alone, unverified, where the gateway cannot be asked."
+    )
+    source_reply_s: float = Field(10.0, gt=0, le=600, description="How long a source's request waits for the gateway.")
+    source_poll_s: float = Field(0.25, gt=0, le=60, description="Pause between looks into a watched folder.")
+    source_file_bytes: int = Field(8 * MIB, ge=1, description="Largest file that is taken from a watched folder.")
+    source_queue_count: int = Field(4096, ge=1, description="Local answers kept on disk to be verified.")
+    source_queue_bytes: int = Field(64 * MIB, ge=1024, description="Bytes of the local answers kept.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severity logged.")
 
     @classmethod

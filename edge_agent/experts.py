@@ -100,7 +100,7 @@ class Experts:
 
     def _fetch(self, digest: bytes) -> Served:
         """In a thread: from the folder if it is there and whole, else from the gateway."""
-        release = self._release(digest)
+        release = self.release(digest)
         path = self._path(digest)
         if not path.exists() or path.stat().st_size != release.size:
             self._make_room(release.size, digest)
@@ -111,7 +111,8 @@ class Experts:
         os.utime(path)
         return Served(release, ExpertFile(digest, path))
 
-    def _release(self, digest: bytes) -> Release:
+    def release(self, digest: bytes) -> Release:
+        """In a thread: the signed release, from the folder or from the gateway; raises as `get` does."""
         path = self._folder / f"{digest.hex()}.release"
         try:
             return self._checked(path.read_bytes(), digest)

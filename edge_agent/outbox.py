@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import heapq
 import logging
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from bmoe.protocol.errors import ConfigError, RefusedError, UnavailableError
+from edge_agent.database import open_or_replace
 from edge_agent.logs import event
 
 log = logging.getLogger("bmoe.agent")
@@ -193,26 +193,15 @@ class Outbox:
     # From here on: in the one thread that owns the connection.
 
     def _open(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         now_ms = time.time_ns() // 1_000_000
-        lost = False
-        try:
-            self._db = _connect(self._path)
-        except sqlite3.OperationalError:
-            raise  # locked, not permitted, of another schema: there is nothing wrong with the content
-        except sqlite3.DatabaseError as error:
+        self._db, aside = open_or_replace(self._path, _TABLES, SCHEMA)
+        if aside is not None:
             # Start anew, but admit nothing that the lost file may have answered: two outputs for a task are perjury.
-            lost = True
-            aside = self._path.with_suffix(f".damaged-{now_ms}")
-            log.error(event("outbox_damaged", error=error, kept_as=aside, refusing_s=AHEAD_MS // 1000))
-            for suffix in ("", "-wal", "-shm"):
-                if os.path.exists(f"{self._path}{suffix}"):
-                    os.replace(f"{self._path}{suffix}", f"{aside}{suffix}")
-            self._db = _connect(self._path)
+            log.error(event("outbox_damaged", kept_as=aside, refusing_s=AHEAD_MS // 1000))
         facts = dict(self._db.execute("SELECT name, value FROM fact").fetchall())
         # The clock where nothing is known: numbers must not begin again when this file is lost or deleted.
         self._seq = self._reserved = facts.get("seq", now_ms)
-        self.floor_ms = max(facts.get("floor_ms", 0), now_ms + AHEAD_MS if lost else 0)
+        self.floor_ms = max(facts.get("floor_ms", 0), now_ms + AHEAD_MS if aside else 0)
         self._commit([], [], [], self.floor_ms, self._seq + SEQUENCE_BLOCK)
         for task, deadline_ms, reported, size in self._db.execute(
             "SELECT task, deadline_ms, reported, length(message) FROM output"
@@ -237,23 +226,3 @@ class Outbox:
             self._db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", facts)
         if seq is not None:
             self._reserved = seq
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    """An open, checked database; raises sqlite3.DatabaseError when the file is damaged."""
-    db = sqlite3.connect(path)
-    try:
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = FULL")
-        db.execute("PRAGMA journal_size_limit = 4194304")
-        if db.execute("PRAGMA quick_check").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError("quick_check found damage")
-        (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            db.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT;")
-        elif version != SCHEMA:
-            raise sqlite3.OperationalError(f"{path} is of schema {version}, this program knows {SCHEMA}: update it")
-    except BaseException:
-        db.close()
-        raise
-    return db

@@ -29,11 +29,11 @@ async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noq
 
 
 @contextlib.contextmanager
-def only_one(state: Path) -> Iterator[None]:
+def only_one(state: Path, file: str = "lock", program: str = "bmoe-agent") -> Iterator[None]:
     """Hold the state directory: two processes would sign two outputs for one task. Freed by the kernel at any death."""
-    with open(state / "lock", "w") as lock:
+    with open(state / file, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ConfigError(f"another bmoe-agent runs on {state}") from None
+            raise ConfigError(f"another {program} runs on {state}") from None
         yield

@@ -158,6 +158,7 @@ class Registrar:
             epoch=desk.epoch,
             broker=(dialled, mqtt),
             report=self.report,
+            models=desk.state.model_statements.get,
         )
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"

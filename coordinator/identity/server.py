@@ -44,7 +44,7 @@ _STATUS: tuple[tuple[type[BmoeError], int], ...] = (
 
 @dataclass(frozen=True)
 class Fleet:
-    """All that the handlers ask. `releases` and `evidence` give bytes by digest and by task id, or None."""
+    """All that the handlers ask: `releases`, `evidence` and `models` give bytes by digest, task id and name, or None."""
 
     authority: Authority
     directory: Directory
@@ -58,6 +58,7 @@ class Fleet:
     broker: tuple[str, int]
     report: Report
     clock: Callable[[], float] = time.time
+    models: Callable[[str], bytes | None] = lambda name: None
 
 
 def make_app(fleet: Fleet) -> FastAPI:
@@ -74,6 +75,7 @@ def make_app(fleet: Fleet) -> FastAPI:
         ("/v1/renew", "POST", partial(_renew, fleet)),
         ("/v1/members", "GET", partial(_members, fleet)),
         ("/v1/releases/{digest}", "GET", partial(_release, fleet)),
+        ("/v1/models/{model}", "GET", partial(_model, fleet)),
         ("/v1/blobs/{digest}", "GET", partial(_blob, fleet)),
         ("/v1/evidence/{task}", "GET", partial(_evidence, fleet)),
     ):
@@ -105,6 +107,12 @@ async def _release(fleet: Fleet, request: Request) -> Response:
     digest = request.path_params["digest"]
     found = fleet.releases(bytes.fromhex(digest)) if is_hex_digest(digest) else None
     return _found(found, "application/cose", f"no release {digest[:64]}")
+
+
+async def _model(fleet: Fleet, request: Request) -> Response:
+    peer(fleet, request)
+    model = request.path_params["model"]
+    return _found(fleet.models(model), "application/cose", f"no model {model[:64]}")
 
 
 async def _blob(fleet: Fleet, request: Request) -> Response:

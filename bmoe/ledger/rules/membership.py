@@ -116,6 +116,7 @@ def model(state: State, context: Context, entry: ModelEntry) -> list[Event]:
     if known is not None and _parts(known) != _parts(statement):
         raise RefusedError(f"model {statement.model} has another version {statement.version}: give it the next number")
     state.models[statement.model] = state.versions[(statement.model, statement.version)] = statement
+    state.model_statements[statement.model] = entry.statement
     return [Event("model", {"model": statement.model, "version": statement.version})]
 
 

@@ -88,6 +88,7 @@ class State:
     releases: dict[bytes, Release] = field(default_factory=dict)
     release_statements: dict[bytes, bytes] = field(default_factory=dict)
     models: dict[str, ModelRelease] = field(default_factory=dict)
+    model_statements: dict[str, bytes] = field(default_factory=dict)
     versions: dict[tuple[str, int], ModelRelease] = field(default_factory=dict)
     ticks: dict[str, int] = field(default_factory=dict)
     refuted: set[str] = field(default_factory=set)

@@ -1,0 +1,46 @@
+"""A board's SQLite files: opened, checked, and put aside when they are damaged, so that a board goes on without them."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from pathlib import Path
+
+
+def open_or_replace(path: Path, tables: str, schema: int) -> tuple[sqlite3.Connection, Path | None]:
+    """An open database, and where the damaged one that it replaces was put, if there was one.
+
+    Raises sqlite3.Error or OSError where nothing is wrong with the content: locked, not permitted, of another schema.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return _open(path, tables, schema), None
+    except sqlite3.OperationalError:
+        raise
+    except sqlite3.DatabaseError:
+        aside = path.with_suffix(f".damaged-{time.time_ns() // 1_000_000}")
+        for suffix in ("", "-wal", "-shm"):
+            if os.path.exists(f"{path}{suffix}"):
+                os.replace(f"{path}{suffix}", f"{aside}{suffix}")
+        return _open(path, tables, schema), aside
+
+
+def _open(path: Path, tables: str, schema: int) -> sqlite3.Connection:
+    """WAL mode, and every commit on disk before it returns; raises sqlite3.DatabaseError when the file is damaged."""
+    db = sqlite3.connect(path)
+    try:
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA journal_size_limit = 4194304")
+        if db.execute("PRAGMA quick_check").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("quick_check found damage")
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            db.executescript(f"BEGIN; {tables} PRAGMA user_version = {schema}; COMMIT;")
+        elif version != schema:
+            raise sqlite3.OperationalError(f"{path} is of schema {version}, this program knows {schema}: update it")
+    except BaseException:
+        db.close()
+        raise
+    return db
