@@ -30,9 +30,10 @@ class Local:
         self._held: set[tuple[bytes, ...]] = set()
 
     async def hold(self, model: Model) -> None:
-        """Fetch what is missing of a model; raises as `Experts.get` does."""
+        """Fetch what is missing of a model, and be ready to run it; raises as `Experts.get` and `Runner.start` do."""
         for release in _parts(model):
             await self._experts.get(release.digest)
+        await self._runner.start()
         self._held.add(_key(model))
 
     async def answer(self, model: Model, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -74,12 +75,14 @@ def differs(model: Model, local: Sequence[Tensor], verified: Sequence[Tensor]) -
     The tolerance of an output is the largest that any expert declares for it; d > 2 tells, as in a verdict.
     """
     ours, theirs = {t.name: t for t in local}, {t.name: t for t in verified}
+    if not theirs or not set(theirs) <= set(ours):
+        return True
     each = [tolerances_of(release) for release in model.experts]
     for i, (name, *_) in enumerate(model.experts[0].outputs):
         a, b = ours.get(name), theirs.get(name)
-        if b is None:  # the client asked for some outputs only
+        if a is None or b is None:  # the client asked for some outputs only
             continue
-        if a is None or (a.dtype, a.dims) != (b.dtype, b.dims):
+        if (a.dtype, a.dims) != (b.dtype, b.dims):
             return True
         loosest = max((tolerances[i] for tolerances in each), key=lambda tolerance: tolerance.epsilon)
         try:
@@ -88,7 +91,7 @@ def differs(model: Model, local: Sequence[Tensor], verified: Sequence[Tensor]) -
             return True
         if d > NEUTRAL:
             return True
-    return not theirs
+    return False
 
 
 def _parts(model: Model) -> list[Release]:

@@ -53,6 +53,8 @@ def _json(data: bytes) -> Mapping[str, Any]:
 
 def _csv(data: bytes, model: Model) -> np.ndarray:
     dims = list(model.inputs[0][2])
+    if not data.strip():
+        raise MessageError("the file is empty")
     table = np.loadtxt(io.StringIO(data.decode()), delimiter=",", dtype=np.float64, ndmin=2)
     shape = [d or -1 for d in dims]
     if model.batch:
