@@ -11,12 +11,17 @@ BENCH_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
 DATA := seglearn==1.2.5
 
-.PHONY: help demo bench test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+# Debian's packages, unpacked without root; tests that need what is not there are skipped, and say so.
+MOSQUITTO := .mosquitto
+MOSQUITTO_PACKAGES := mosquitto-clients libmosquitto1 libcjson1
+
+.PHONY: help mosquitto demo bench test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
 	@echo "make bench         what verification costs: the whole path with and without it, and onnxruntime alone"
 	@echo "make test          unit and integration tests (no torch)"
+	@echo "make mosquitto     fetch mosquitto_pub and mosquitto_sub for the integration tests (Debian, no root)"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
@@ -35,6 +40,14 @@ $(VENV_TRAIN)/.ready: pyproject.toml
 	$(VENV_TRAIN)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA)
 	@touch $@
 
+$(MOSQUITTO)/.ready:
+	mkdir -p $(MOSQUITTO)/packages
+	cd $(MOSQUITTO)/packages && timeout 120 apt-get download $(MOSQUITTO_PACKAGES)
+	for package in $(MOSQUITTO)/packages/*.deb; do dpkg-deb -x "$$package" $(MOSQUITTO); done
+	@touch $@
+
+mosquitto: $(MOSQUITTO)/.ready
+
 demo: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
 
@@ -42,6 +55,7 @@ bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
 
 test: $(VENV)/.ready
+	-@$(MAKE) --no-print-directory mosquitto
 	$(BIN)/python -m pytest tests/unit tests/integration
 
 # Real processes on a shared machine can miss a deadline once; what fails twice is broken.
@@ -52,6 +66,7 @@ test-unit: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/unit
 
 test-integration: $(VENV)/.ready
+	-@$(MAKE) --no-print-directory mosquitto
 	$(BIN)/python -m pytest tests/integration
 
 test-train: $(VENV_TRAIN)/.ready
@@ -75,4 +90,4 @@ check: lint test
 check-all: lint test test-train test-wheel soak
 
 clean:
-	rm -rf $(VENV) $(VENV_TRAIN) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_TRAIN) $(MOSQUITTO) build dist *.egg-info

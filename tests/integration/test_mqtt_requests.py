@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import pty
 import signal
+import tty
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +22,7 @@ from live_fleet import NEAR, PATIENCE_S, LiveFleet
 from mosquitto_clients import Subscriber, options, publish
 
 from benchmarks.fleet import AgentSpec
-from benchmarks.processes import Running, program, spawn
+from benchmarks.processes import ROOT, Running, program, spawn
 from bmoe.ledger.rules.receipt import verify_receipt
 from bmoe.protocol.topics import request_topic, topic
 from coordinator.mqtt_requests import DEVICE_WAITING
@@ -217,3 +220,27 @@ async def test_a_board_without_link_answers_unverified_and_is_verified_later_ove
 
 async def _exists(path: Path) -> bool:
     return path.exists()
+
+
+async def test_a_sensor_on_a_serial_line_is_answered_through_the_example(fleet: LiveFleet) -> None:
+    await fleet.fleet.join(AgentSpec("wrist", "ada"))
+    sensor, line = pty.openpty()
+    tty.setraw(line)
+    command = (
+        f"cd {ROOT / 'firmware_configs' / 'examples'} && SENSOR_PORT={os.ttyname(line)} exec {program('bmoe-agent')} source"
+        f" --model wearable --hook serial_sensor:readings --state {fleet.fleet.folder('wrist')}"
+    )
+    source = await spawn("wrist", ("/bin/sh", "-c", command), fleet.fleet.log("wrist"))
+    try:
+        for sample in fleet.windows[0].T:
+            os.write(sensor, (",".join(map(repr, sample.tolist())) + "\n").encode())
+
+        async def told() -> bool:
+            return f"class {fleet.truth[0].argmax()}, verified" in fleet.fleet.log("wrist").read_text()
+
+        await until(told, PATIENCE_S, "the sensor's window is answered")
+    finally:
+        await source.stop(5)
+        os.close(sensor)
+        os.close(line)
+    assert source.process.returncode == 0
