@@ -79,6 +79,11 @@ class Client:
         """The receipt of one verdict."""
         return self._call("GET", f"/v1/verdicts/{_quoted(verdict)}/receipt")
 
+    def outcome(self, request: str) -> dict[str, Any]:
+        """What became of a request, by its id or by the id that its client gave it: `status` is accepted, answered
+        (then `response` is what the client was told) or failed (then `reason` says why)."""
+        return self._json("GET", f"/v1/requests/{_quoted(request)}")
+
     def fleet(self) -> list[dict[str, Any]]:
         """One row an agent: standing, presence, health."""
         return self._json("GET", "/v1/fleet")["agents"]

@@ -16,25 +16,15 @@ from bmoe.protocol.errors import BmoeError, MessageError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Promise, seal_header
 from bmoe.protocol.tensors import take_rows
-from coordinator.commit import Committer, Result, commit_result
+from coordinator.commit import Committer, commit_result
 from coordinator.gate import Gate, Routing
-from coordinator.jobs import Accepted, Call, Counter, Request
+from coordinator.jobs import Accepted, Answered, Call, Counter, Request, Result
+from coordinator.journal import Journal
 from coordinator.share import Sharer
 
 log = structlog.get_logger("answer")
 TASKS_MAX = 80
 SETTLE_S = 8.0
-
-
-@dataclass(frozen=True)
-class Answered:
-    """What a client is told."""
-
-    request: Request
-    result: Result
-    tasks: tuple[bytes, ...]
-    stage: str
-    promise: bytes
 
 
 @dataclass
@@ -55,23 +45,36 @@ class Answerer:
         gate: Gate,
         sharer: Sharer,
         committer: Committer,
+        journal: Journal,
         signer: Signer,
         common: dict[str, Any],
         promise_ms: int,
         task_rows: int,
         final: Callable[[int, bytes], Awaitable[None]],
     ) -> None:
-        self._gate, self._sharer, self._committer = gate, sharer, committer
+        self._gate, self._sharer, self._committer, self._journal = gate, sharer, committer, journal
         self._signer, self._common, self._promise_ms, self._final = signer, common, promise_ms, final
         self._task_rows = task_rows
         self._counter = Counter()
         self._entering: set[asyncio.Future[int]] = set()
         self.count = Answers()
 
-    async def answer(self, request: Request) -> Answered:
-        """The verified answer, once it has got as far as the client waits for; raises BmoeError when there is none."""
+    async def answer(self, request: Request, again: bool = False) -> Answered:
+        """The verified answer, once it has got as far as the client waits for; raises BmoeError when there is none.
+
+        `again` for a request that an earlier run accepted: it stands in the journal.
+        """
         try:
-            routing = await self._gate.score(request)
+            return await self._answer(request, again)
+        except Exception as error:
+            self._journal.failed(request.id, str(error) if isinstance(error, BmoeError) else "internal error")
+            raise
+
+    async def _answer(self, request: Request, again: bool) -> Answered:
+        try:
+            # Nothing is dispatched before the request is on disk; the gate runs meanwhile.
+            known = _nothing() if again else self._journal.accepted(request)
+            routing, _ = await asyncio.gather(self._gate.score(request), known)
             choices, tasks = await self._gather(request, routing)
         except BmoeError:
             self.count.failed += 1
@@ -82,14 +85,17 @@ class Answerer:
         ids = tuple(a.task for a in tasks)
         promise = self._promise(request, result, ids)
         entering = await self._committer.answer(request, choices, tasks, result)
-        self._watch(request, entering)
+        self._watch(request, ids, entering)
         self.count.decided += 1
         self.count.rows += request.rows
-        if request.wait != "decided":
-            position = await asyncio.shield(entering)
-            if request.wait == "final":
-                await self._final(position, request.id)
-        return Answered(request, result, ids, request.wait, promise)
+        answered = Answered(request, result, ids, request.wait, promise)
+        if request.wait == "decided" and await self._journal.promised(answered):
+            return answered
+        position = await asyncio.shield(entering)
+        self._journal.answered(answered)
+        if request.wait == "final":
+            await self._final(position, request.id)
+        return answered
 
     async def _gather(self, request: Request, routing: Routing) -> tuple[Choices, list[Accepted]]:
         """Send each activated expert its rows; where each choice's value is to be found."""
@@ -135,13 +141,15 @@ class Answerer:
         )
         return seal_header(self._signer, header)
 
-    def _watch(self, request: Request, entering: asyncio.Future[int]) -> None:
+    def _watch(self, request: Request, tasks: tuple[bytes, ...], entering: asyncio.Future[int]) -> None:
         def entered(done: asyncio.Future[int]) -> None:
             self._entering.discard(done)
             if done.cancelled():
                 return
             if (error := done.exception()) is None:
                 self.count.entered += 1
+                if request.wait == "decided":
+                    self._journal.entered(request.id, tasks)
             else:
                 log.error("answer_not_entered", request=request.id.hex(), error=str(error))
 
@@ -152,3 +160,7 @@ class Answerer:
         """Wait, within bounds, until every answer given is on the ledger: what a clean stop owes its clients."""
         if self._entering:
             await asyncio.wait(self._entering, timeout=SETTLE_S)
+
+
+async def _nothing() -> None:
+    """What there is to wait for where nothing is."""

@@ -19,10 +19,11 @@ from bmoe import __version__
 from bmoe.ledger.rules.policies import verifies
 from bmoe.protocol.errors import BmoeError, InferenceError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.tensors import Tensor
-from coordinator.answer import Answered
 from coordinator.gateway import Gateway
 from coordinator.intake import DATATYPE_OF
+from coordinator.jobs import Answered
 from coordinator.mqtt_requests import MqttRequests, owner_of
+from coordinator.records import unpack_answered
 
 log = structlog.get_logger("api")
 TENANT = "public"
@@ -51,6 +52,7 @@ def build_api(gateway: Gateway) -> FastAPI:
         ("POST", "/v2/models/{model}/versions/{version}/infer", _infer),
         ("GET", "/v1/answers/{identity}/receipt", _answer_receipt),
         ("GET", "/v1/verdicts/{identity}/receipt", _verdict_receipt),
+        ("GET", "/v1/requests/{identity}", _request),
         ("GET", "/v1/fleet", _fleet),
         ("GET", "/v1/statistics", _statistics),
     )
@@ -209,6 +211,27 @@ async def _receipt(gateway: Gateway, request: Request, kind: str) -> Response:
     if len(identity) != 16:
         raise InputError(f"an id is 32 hexadecimal digits, got {text[:64]!r}")
     return Response(await gateway.receipt(identity, kind), media_type="text/plain")
+
+
+async def _request(gateway: Gateway, request: Request) -> Response:
+    return _json(await outcome(gateway, request.path_params["identity"], TENANT))
+
+
+async def outcome(gateway: Gateway, identity: str, tenant: str) -> dict[str, Any]:
+    """What became of a request, by its id (32 hexadecimal digits) or by the client's own; raises InputError for others."""
+    row = None
+    if len(identity) == 32 and not set(identity) - set("0123456789abcdef"):
+        row = await gateway.journal.row(bytes.fromhex(identity))
+    if row is None or row.tenant != tenant:
+        row = await gateway.journal.latest(tenant, identity)
+    if row is None:
+        raise InputError(f"request {identity[:64]!r} is not served here, or no longer kept")
+    told = {"request": row.id.hex(), "id": row.client_id, "status": row.status, "received_ms": row.received_ms}
+    if row.outcome is not None:
+        told["response"] = _response(unpack_answered(row.outcome, gateway.catalogue.version))
+    elif row.reason:
+        told["reason"] = row.reason
+    return told
 
 
 async def _fleet(gateway: Gateway, request: Request) -> Response:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import MessageError
+from bmoe.protocol.messages import ModelRelease
 from coordinator.intake import DATATYPE_OF
 from coordinator.jobs import ServedModel
 
@@ -25,6 +26,16 @@ class Catalogue:
             raise MessageError(
                 f"model {name[:64]!r} is not served here; there are: {', '.join(self.names()) or 'none'}"
             )
+        return self._served(statement)
+
+    def version(self, name: str, version: int) -> ServedModel:
+        """A version that was ever released, for a request that named it then; raises MessageError for any other."""
+        statement = self._state.versions.get((name, version))
+        if statement is None:
+            raise MessageError(f"model {name[:64]!r} version {version} is not on this ledger")
+        return self._served(statement)
+
+    def _served(self, statement: ModelRelease) -> ServedModel:
         releases = self._state.releases
         gate = releases[statement.gate] if statement.gate else None
         return ServedModel(statement, gate, tuple(releases[d] for d in statement.experts))

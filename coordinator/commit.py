@@ -6,13 +6,21 @@ import asyncio
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.rules.combine import Choices
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
-from bmoe.ledger.rules.entries import MAX_LEAF_BYTES, MAX_OUTPUTS, NOBODY, Answer, Equivocation, Opened, Verdict
+from bmoe.ledger.rules.entries import (
+    MAX_LEAF_BYTES,
+    MAX_OUTPUTS,
+    NOBODY,
+    Answer,
+    Entry,
+    Equivocation,
+    Opened,
+    Verdict,
+)
 from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.policies import Decision, policy_named
@@ -20,28 +28,18 @@ from bmoe.protocol.messages import tensor_specs
 from bmoe.protocol.tensors import Tensor
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.collect import Collection
-from coordinator.jobs import Accepted, Job, Request
+from coordinator.jobs import Accepted, Job, Request, Result
+from coordinator.journal import Journal
 
 # Of an answer's leaf, kept for everything but the choices: up to 80 tasks with their openings, specs, roots.
 REST_OF_ANSWER = 5 * 1024
 
 
-@dataclass(frozen=True)
-class Result:
-    """A request's combined value with its commitment."""
-
-    tensors: tuple[Tensor, ...]
-    salt: bytes
-    root: bytes
-    request_root: bytes
-    request_salt: bytes
-
-
 class Committer:
     """Enters what the coordinator decides. Futures complete when the ledger engine has the entry on disk."""
 
-    def __init__(self, author: FrameAuthor, evidence: EvidenceStore) -> None:
-        self._author, self._evidence = author, evidence
+    def __init__(self, author: FrameAuthor, evidence: EvidenceStore, journal: Journal) -> None:
+        self._author, self._evidence, self._journal = author, evidence, journal
         self._opening: list[tuple[bytes, bytes, int]] = []
         self._opened: asyncio.Future[int] | None = None
 
@@ -92,7 +90,9 @@ class Committer:
             "reason": reason[:200],
         }
         await self._keep_large(openings)
-        return self._author.submit([(Verdict, fields)], openings, urgent=False)
+        entering = self._author.submit([(Verdict, fields)], openings, urgent=False)
+        self._journal.deciding(job.task, fields, openings, entering)
+        return entering
 
     async def abandon(self, task: bytes, expert: bytes, rows: int, as_of: int) -> int:
         """Close a slot that an earlier run of this coordinator left open."""
@@ -130,12 +130,18 @@ class Committer:
             "result_opening": hashlib.sha256(own).digest(),
         }
         await self._keep_large([*openings, own])
-        return self._author.submit(
+        entering = self._author.submit(
             [(Answer, fields)],
             [*openings, own],
             after=[a.entered for a in tasks if a.entered is not None],
             urgent=request.wait != "decided",
         )
+        self._journal.answering(request.id, fields, [*openings, own], entering)
+        return entering
+
+    def again(self, kind: type[Entry], fields: dict[str, Any], openings: Sequence[bytes]) -> asyncio.Future[int]:
+        """Queue an entry of an earlier run that may not have got to the ledger."""
+        return self._author.submit([(kind, fields)], openings)
 
     async def equivocation(self, first: bytes, second: bytes) -> int:
         """Enter two different signed outputs of one agent for one task."""
@@ -154,12 +160,11 @@ def answer_rows_max(top_k: int) -> int:
 
 def commit_result(request: Request, tensors: tuple[Tensor, ...]) -> Result:
     """Salted commitments to a request and its result; the client is given both salts."""
-    salt, request_salt = os.urandom(SALT_BYTES), os.urandom(SALT_BYTES)
-    rows = request.rows
+    salt, rows = os.urandom(SALT_BYTES), request.rows
     return Result(
         tensors,
         salt,
         commit_rows("", salt, tensors, rows),
-        commit_rows("", request_salt, request.tensors, rows),
-        request_salt,
+        commit_rows("", request.salt, request.tensors, rows),
+        request.salt,
     )

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import structlog
@@ -27,8 +27,8 @@ from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Output, Refusal, Status
 from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_request, parse_topic
-from bmoe.storage.evidence import EvidenceStore
-from coordinator.answer import Answered, Answerer
+from bmoe.storage.evidence import EvidenceReader, EvidenceStore
+from coordinator.answer import Answerer
 from coordinator.catalogue import Catalogue
 from coordinator.commit import Committer, answer_rows_max
 from coordinator.config import GatewaySettings
@@ -39,8 +39,10 @@ from coordinator.finality import Finality
 from coordinator.fleet import Fleet
 from coordinator.gate import Gate
 from coordinator.intake import take_in
-from coordinator.jobs import Job
+from coordinator.jobs import Answered, Job
+from coordinator.journal import Journal
 from coordinator.receive import open_from, signed_by
+from coordinator.recover import Recovery
 from coordinator.referee import Referee
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
@@ -50,6 +52,8 @@ NAME = "coordinator"
 UP_CHANNELS = {"output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0)}
 FINAL_TIMEOUT_S = 30.0
 RECEIPT_TIMEOUT_S = 10.0
+AGENTS_WAIT_S = 3.0
+AGENTS_LOOK_S = 0.05
 
 
 class Gateway:
@@ -86,6 +90,9 @@ class Gateway:
         """Catch up with the ledger, close what an earlier run left open, come online."""
         layout, settings, trust = self.layout, self.settings, self.trust
         self._stream = await LedgerStream.connect(self._access, NAME)
+        self.journal = Journal(layout.journal)
+        reader = EvidenceReader(layout.evidence)
+        self.recovery = Recovery(self.journal, self.state, self.catalogue, reader)
         self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
         self._follower = Follower(
             self._stream, self.state, recompute=False, on_applied=self._on_applied, own=self._author.wrote
@@ -103,18 +110,19 @@ class Gateway:
         self._referee_runner = Runner(memory_mb=settings.referee_memory_mb)
         await asyncio.gather(self._gate_runner.start(), self._referee_runner.start())
         self._assemble()
-        await self._abandon_leftovers()
+        await self.recovery.keep_promises(self.committer, self._follower)
         for channel, (_, qos) in UP_CHANNELS.items():
             self.link.subscribe(every_device(channel), qos)
         await self.link.start()
         await self.link.wait_up(20)
+        self._spawn(self._finish_leftovers())
         self._spawn(self._diagnosis.run())
         self._spawn(self._keep_view())
 
     def _assemble(self) -> None:
         settings, trust, signer = self.settings, self.trust, self._signer
         common: dict[str, Any] = {"ledger": trust.ledger, "epoch": trust.epoch, "author": NAME}
-        self.committer = Committer(self._author, self._evidence)
+        self.committer = Committer(self._author, self._evidence, self.journal)
         self.referee = Referee(self._referee_runner, self.layout.blobs, signer, NAME, trust.ledger, trust.epoch)
         self._dispatcher = Dispatcher(self.link, signer, NAME, trust.ledger, trust.epoch)
         self.decider = Decider(
@@ -133,6 +141,7 @@ class Gateway:
             gate,
             sharer,
             self.committer,
+            self.journal,
             signer,
             common,
             promise_ms=settings.promise_ms,
@@ -153,14 +162,18 @@ class Gateway:
         await self._stream.close()
         await asyncio.gather(self._gate_runner.close(), self._referee_runner.close())
         self._evidence.close()
+        await self.journal.close()
         self.fleet.save_view(self.fleet.table())
 
-    async def infer(self, name: str, body: bytes, tenant: str) -> Answered:
-        """Answer one request; raises InputError for a bad one, UnavailableError when it cannot be served now."""
+    async def infer(self, name: str, body: bytes, tenant: str, reply_to: str = "") -> Answered:
+        """Answer one request; raises InputError for a bad one, UnavailableError when it cannot be served now.
+
+        `reply_to` names a device that is told of the outcome on its topic, after a crash as well.
+        """
         model = self.catalogue.get(name)
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
         request = take_in(body, model, tenant, self.settings.policy, rows_max)
-        return await self.answerer.answer(request)
+        return await self.answerer.answer(replace(request, reply_to=reply_to) if reply_to else request)
 
     def take_requests(self, handler: Callable[[str, str, bytes], None]) -> None:
         """Hand what devices publish as requests to handler(device, model, payload), from now on."""
@@ -252,15 +265,17 @@ class Gateway:
                 f"no quorum of validators has cosigned the answer within {FINAL_TIMEOUT_S:g} s"
             ) from None
 
-    async def _abandon_leftovers(self) -> None:
-        leftovers = list(self.state.open.items())
-        for task, slot in leftovers:
-            await self.committer.abandon(task, slot.expert, slot.rows, self.state.size)
-        if leftovers:
-            log.warning("tasks_abandoned", count=len(leftovers), reason="an earlier run ended before their verdicts")
+    async def _finish_leftovers(self) -> None:
+        """What an earlier run accepted; agents tell that they are there a moment after the link is up."""
+        for _ in range(int(AGENTS_WAIT_S / AGENTS_LOOK_S)):
+            if self.fleet.eligible(()):
+                break
+            await asyncio.sleep(AGENTS_LOOK_S)
+        await self.recovery.finish(lambda request: self.answerer.answer(request, again=True))
 
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         self.finality.on_applied(applied)
+        self.recovery.on_applied(message, applied)
         for event in applied.events:
             if event.kind == "standing":
                 log.info("standing", **event.facts)

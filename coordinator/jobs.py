@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from bmoe.ledger.rules.commitments import SALT_BYTES
 from bmoe.ledger.rules.outputs import Binding
 from bmoe.protocol.messages import ModelRelease, Release
 from bmoe.protocol.tensors import Tensor
@@ -48,6 +49,30 @@ class Request:
     client_id: str
     received_ms: int
     outputs: tuple[str, ...] = ()
+    salt: bytes = field(default_factory=lambda: os.urandom(SALT_BYTES))  # of the commitment to its inputs
+    reply_to: str = ""  # the device that waits for the answer elsewhere than on a connection of its own
+
+
+@dataclass(frozen=True)
+class Result:
+    """A request's combined value with its commitment."""
+
+    tensors: tuple[Tensor, ...]
+    salt: bytes
+    root: bytes
+    request_root: bytes
+    request_salt: bytes
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a client is told."""
+
+    request: Request
+    result: Result
+    tasks: tuple[bytes, ...]
+    stage: str
+    promise: bytes
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class StateLayout:
         return self.root / "coordinator" / "coordinator.key"
 
     @property
+    def journal(self) -> Path:
+        """Requests in work and promises not yet kept."""
+        return self.root / "coordinator" / "journal.db"
+
+    @property
     def fleet(self) -> Path:
         """The coordinator's view of the fleet, rebuilt from the ledger at will."""
         return self.root / "coordinator" / "fleet.json"
