@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class LocalFleet:
     root: Path
     agents: Sequence[AgentSpec] = ()
     gateway_flags: tuple[str, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
     running: dict[str, Running] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -213,7 +214,7 @@ class LocalFleet:
         return kinds
 
     async def _spawn(self, name: str, argv: Sequence[str]) -> Running:
-        child = self.running[name] = await spawn(name, argv, self.log(name))
+        child = self.running[name] = await spawn(name, argv, self.log(name), extra=self.environment)
         watching = asyncio.ensure_future(self._watch(child))
         self._watching.add(watching)
         watching.add_done_callback(self._watching.discard)

@@ -75,6 +75,7 @@ async def spawn(
     stdout: int | None = None,
     stdin: int = asyncio.subprocess.DEVNULL,
     limit: int = LINE_BYTES,
+    extra: Mapping[str, str] | None = None,
 ) -> Running:
     """Start `argv` (argv[0] an absolute path) in a session of its own; it is killed when this process dies.
 
@@ -87,7 +88,7 @@ async def spawn(
             stdin=stdin,
             stdout=file if stdout is None else stdout,
             stderr=file,
-            env=environment(),
+            env=environment(extra),
             limit=limit,
             start_new_session=True,  # a terminal's Ctrl-C is for us to act on, in our order
         )  # fmt: skip

@@ -257,11 +257,10 @@ class Journal:
         count, size = db.execute(
             "SELECT COUNT(*), COALESCE(SUM(size), 0) FROM request WHERE settled_ms IS NOT NULL"
         ).fetchone()
-        crowded = count > KEPT_ROWS or size > KEPT_BYTES
-        db.execute(
-            "DELETE FROM request WHERE rowid IN (SELECT rowid FROM request WHERE settled_ms < ? ORDER BY settled_ms LIMIT ?)",
-            (now if crowded else now - KEPT_MS, TIDY_ROWS),
-        )
+        oldest = "SELECT rowid FROM request WHERE settled_ms <= ? ORDER BY settled_ms LIMIT ?"
+        excess = max(count - KEPT_ROWS, count // 4 if size > KEPT_BYTES else 0)
+        for until_ms, rows in ((now - KEPT_MS, TIDY_ROWS), (now, min(excess, TIDY_ROWS))):
+            db.execute(f"DELETE FROM request WHERE rowid IN ({oldest})", (until_ms, rows))
 
 
 def _pending_sizes(db: sqlite3.Connection) -> list[tuple[bytes, int]]:

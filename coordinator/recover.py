@@ -103,7 +103,7 @@ class Recovery:
         for task, opening in zip(fields["tasks"], fields["openings"], strict=True):
             closed = self._state.closed.get(task)
             if closed is None or closed.opening != opening or whole is None:
-                log.error("promise_broken", request=request.hex(), reason=f"task {task.hex()} has no such verdict")
+                log.critical("promise_broken", request=request.hex(), reason=f"task {task.hex()} has no such verdict")
                 return None
         return committer.again(Answer, fields, whole or ())
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 from fault_tools import Gateway, Load, end_of, gateway_pid, kill_in_gateway, until
+from kills import Kills, killable
 from ledger_check import check_ledger
 
 from benchmarks.fleet import GATEWAY, AgentSpec, LocalFleet, specs
@@ -31,12 +32,17 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 TASK_TIMEOUT_S = 3.0
 IN_SERVICE = ("probation", "trusted")
 BACK_WITHIN_S = 45.0
+ORDER = "kill-at"
+STAGES = (
+    "accepted", "opened", "dispatching", "output received", "decided", "verdict submitted", "verdict on the ledger",
+    "answer submitted", "promised", "answer on the ledger", "entered",
+)  # fmt: skip
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalFleet]:
     root = tmp_path_factory.mktemp("faults")
-    async with LocalFleet(root, specs(3)) as fleet:
+    async with LocalFleet(root, specs(3), environment=killable(root / ORDER)) as fleet:
         (fleet.state / "gateway.toml").write_text(f"task_timeout_ms = {int(TASK_TIMEOUT_S * 1000)}\n")
         await fleet.start()
         async with Load(fleet) as load:  # until latencies are known, every hedge waits a second
@@ -53,6 +59,26 @@ async def test_a_killed_coordinator_loses_nothing_committed_and_commits_nothing_
     facts = await check_ledger(fleet.state)
     load.check(facts)
     assert any(call.error is not None for call in load.calls), "the fault hit nobody: nothing was shown"
+
+
+async def test_a_coordinator_killed_at_any_stage_loses_no_request_and_judges_no_task_twice(fleet: LocalFleet) -> None:
+    kills = Kills(fleet, fleet.root / ORDER)
+    for stage in STAGES:
+        await kills.at(stage)
+    facts = await check_ledger(fleet.state)
+    kills.check(facts)
+    assert facts.opened.keys() == facts.verdicts.keys()
+    known = [one for one in kills.asked if one.outcome is not None]
+    assert len(known) > len(STAGES), "hardly any request was accepted: nothing was shown"
+
+
+async def test_a_promise_is_kept_though_the_ledger_had_nothing_of_it_when_the_coordinator_died(
+    fleet: LocalFleet,
+) -> None:
+    kills = Kills(fleet, fleet.root / ORDER)
+    asked = await kills.at("held", ("decided",))
+    assert all(one.told is not None and one.told["parameters"]["stage"] == "decided" for one in asked)
+    kills.check(await check_ledger(fleet.state))
 
 
 async def test_tasks_that_a_killed_coordinator_left_open_are_closed_as_abandoned(fleet: LocalFleet) -> None:

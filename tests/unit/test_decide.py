@@ -24,6 +24,7 @@ from coordinator.decide import Decider, Timing
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet as View
 from coordinator.jobs import Call, Job
+from coordinator.journal import Journal
 from coordinator.referee import Referee
 
 AGENTS = ("agent-1", "agent-2", "agent-3")
@@ -41,7 +42,7 @@ class Site:
         view = View(self.ledger.state, folder / "fleet.json")
         for agent in AGENTS:
             view.of(agent).online = True
-        committer = Committer(cast(FrameAuthor, self), cast(EvidenceStore, self))
+        committer = Committer(cast(FrameAuthor, self), cast(EvidenceStore, self), Journal(folder / "journal.db"))
         timing = Timing(task_s=10.0, hedge_min_s=10.0, referee_s=1.0)
         self.decider = Decider(
             self.ledger.state, view, cast(Dispatcher, self), cast(Referee, None), committer, timing, self.spawn
