@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
 DEMO_FLAGS ?=
 BENCH_FLAGS ?=
+PEERS_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
 DATA := seglearn==1.2.5
 
@@ -15,11 +16,12 @@ DATA := seglearn==1.2.5
 MOSQUITTO := .mosquitto
 MOSQUITTO_PACKAGES := mosquitto-clients libmosquitto1 libcjson1
 
-.PHONY: help mosquitto demo bench test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+.PHONY: help mosquitto demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
 	@echo "make bench         what verification costs: the whole path with and without it, and onnxruntime alone"
+	@echo "make bench-peers   the same expert served by us, verified, and by hivemind, KServe and Ray Serve"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch mosquitto_pub and mosquitto_sub for the integration tests (Debian, no root)"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
@@ -50,6 +52,21 @@ mosquitto: $(MOSQUITTO)/.ready
 
 demo: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
+
+# A peer that does not install is skipped, and the comparison says why.
+PEERS := hivemind kserve ray
+PEER_hivemind := torch==2.13.0 hivemind==1.1.12
+PEER_kserve := kserve==0.21.0
+PEER_ray := ray[serve]==2.60.0
+
+$(PEERS:%=.venv-%/.tried): .venv-%/.tried:
+	$(PYTHON) -m venv $(@D)
+	@echo "installing $* into $(@D)"
+	@if $(@D)/bin/pip install $(PIP_FLAGS) $(PEER_$*) numpy onnxruntime > $(@D)/.why 2>&1; then touch $(@D)/.ready; fi
+	@touch $@
+
+bench-peers: $(VENV)/.ready $(PEERS:%=.venv-%/.tried)
+	@$(BIN)/python -m benchmarks.peers $(PEERS_FLAGS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)

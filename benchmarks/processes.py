@@ -95,6 +95,16 @@ async def spawn(
     return Running(name, process, log)
 
 
+async def end_family(child: Running, patience_s: float) -> None:
+    """SIGTERM, SIGKILL after `patience_s`, and SIGKILL for whatever it had started and left behind."""
+    family = {pid: command(pid) for pid in descendants(child.process.pid)} if child.alive else {}
+    await child.stop(patience_s)
+    for pid, line in family.items():
+        if line and command(pid) == line:  # the same process still, not another with its number
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
 async def finish(child: Running, timeout_s: float) -> int:
     """Wait for a child that ends by itself; its exit status. Raises UnavailableError, having killed it, when it does not."""
     try:

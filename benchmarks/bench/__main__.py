@@ -23,11 +23,13 @@ from benchmarks.bench.bodies import ENCODINGS
 from benchmarks.bench.figures import Case, Measured, grouped, last_line
 from benchmarks.bench.floor import primitives
 from benchmarks.bench.machine import machine
-from benchmarks.bench.measure import Bench, asking
+from benchmarks.bench.measure import Bench, asking, worker_of
 from benchmarks.bench.report import Circumstances, report
 from benchmarks.demo.steps import until_failure
+from benchmarks.demo.windows import MODEL
 from benchmarks.fleet import LocalFleet, specs
 from bmoe.protocol.errors import BmoeError
+from bmoe.storage.packaged import packaged
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results" / "bench.md"
@@ -91,8 +93,8 @@ async def _bench(given: argparse.Namespace, fleet: LocalFleet, outcome: list[int
     _tell(f"starting a gateway and {given.agents} agents")
     await fleet.start()
     loaded_since = time.monotonic()
-    encoding = await _encoding(fleet, given.encoding)
-    async with asking(fleet.logs) as asker:
+    encoding = given.encoding if given.encoding != "auto" else await offered_encoding(fleet)
+    async with asking(fleet.logs / "client.log", worker_of(packaged("models", MODEL))) as asker:
         bench = Bench(fleet, asker, encoding, given.wait)
         trusted, took = await bench.warm_up(WARM_WITHIN_S)
         _tell(f"warm after {took:.0f} s: {trusted} of {given.agents} agents are trusted; requests are {encoding}")
@@ -117,7 +119,7 @@ async def _bench(given: argparse.Namespace, fleet: LocalFleet, outcome: list[int
     ]
     circumstances = Circumstances(machine(), settings, primitives(fleet.root), idle, os.cpu_count() or 1)
     text = report(figures, circumstances, agents)
-    faults = _faults(measured)
+    faults = faults_of(measured)
     print(f"\n{text}\n{len(measured)} phases in {time.monotonic() - began:.0f} s")
     for fault in faults:
         print(f"bench: {fault}", file=sys.stderr)
@@ -147,7 +149,7 @@ async def _rounds(given: argparse.Namespace, bench: Bench) -> list[Measured]:
     return measured
 
 
-def _faults(measured: list[Measured]) -> list[str]:
+def faults_of(measured: list[Measured]) -> list[str]:
     """What makes a run's figures worthless: wrong answers, or more failures than a few."""
     wrong = [f"{m.case.policy} b{m.case.rows}: {text}" for m in measured for text in m.wrong]
     failed = [
@@ -159,9 +161,8 @@ def _faults(measured: list[Measured]) -> list[str]:
     return wrong + failed
 
 
-async def _encoding(fleet: LocalFleet, wanted: str) -> str:
-    if wanted != "auto":
-        return wanted
+async def offered_encoding(fleet: LocalFleet) -> str:
+    """The leanest form that the gateway says it takes."""
     async with httpx.AsyncClient() as client:
         extensions = (await client.get(f"{fleet.url}/v2")).json().get("extensions", [])
     return "binary" if any("binary" in name for name in extensions) else "json"

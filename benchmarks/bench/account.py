@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.bench.figures import CLIENT, OTHERS
-from benchmarks.processes import TICKS, cpu_seconds
+from benchmarks.processes import TICKS, cpu_seconds, descendants
 
 COORDINATOR = "coordinator"
 LOOP, THREADS = "coordinator, event loop", "coordinator, other threads"
@@ -19,7 +19,7 @@ LOOP, THREADS = "coordinator, event loop", "coordinator, other threads"
 def cpu_by_kind(members: Mapping[int, str], client: int) -> dict[str, float]:
     """CPU seconds so far by kind of process; the coordinator's main thread, its event loop, apart from the others."""
     found: dict[str, float] = {}
-    for pid, kind in [*members.items(), (client, CLIENT)]:
+    for pid, kind in [*members.items(), *((pid, CLIENT) for pid in descendants(client))]:
         with contextlib.suppress(OSError):
             whole = cpu_seconds(Path(f"/proc/{pid}/stat"))
             if kind == COORDINATOR:

@@ -1,7 +1,8 @@
 """Request bodies made before the clock runs, each with inputs that no request before it had.
 
 The first number of every row is a slot, filled from a counter when the request is sent: no cache of the gateway's,
-by request or by row, can answer twice. Two forms of the Open Inference Protocol v2: JSON, and its binary extension.
+by request or by row, can answer twice. Two forms of the Open Inference Protocol v2, JSON and its binary extension, and
+raw numbers for a peer that speaks neither.
 """
 
 from __future__ import annotations
@@ -63,12 +64,12 @@ def template(
 ) -> Template:
     """A request about `windows` (float32 [rows, ...]) as the input `name`, in the given encoding."""
     windows = np.ascontiguousarray(windows, "<f4")
-    make = {"json": _json, "binary": _binary}[encoding]
+    make = {"json": _json, "binary": _binary, "raw": _raw}[encoding]
     parts, spell, header_length = make(windows, name, parameters)
     length = sum(map(len, parts)) + len(windows) * len(spell(slot_value(0)))
     lines = [f"POST {path} HTTP/1.1", f"Host: {host}", f"Content-Length: {length}"]
     lines += [f"Inference-Header-Content-Length: {header_length}"] if header_length else []
-    lines += ["Content-Type: application/octet-stream" if header_length else "Content-Type: application/json"]
+    lines += [f"Content-Type: application/{'json' if encoding == 'json' else 'octet-stream'}"]
     head = "\r\n".join([*lines, "", ""]).encode()
     return Template((head + parts[0], *parts[1:]), windows, spell)
 
@@ -95,12 +96,19 @@ def _binary(windows: np.ndarray, name: str, parameters: Mapping[str, Any]) -> tu
     return [header, *rows], struct.Struct("<f").pack, len(header)
 
 
+def _raw(windows: np.ndarray, name: str, parameters: Mapping[str, Any]) -> tuple[list[bytes], Any, int]:
+    """The numbers alone: for a server that has no protocol of its own."""
+    return [b"", *(row[1:].tobytes() for row in windows.reshape(len(windows), -1))], struct.Struct("<f").pack, 0
+
+
 def first_output(headers: Mapping[str, str], body: bytes) -> np.ndarray:
-    """The first output of an answer in either form, float32; raises MessageError when there is none."""
+    """The first output of an answer in any form, float32, raw ones flat; raises MessageError when there is none."""
+    if "json" not in headers.get("content-type", "json") and "inference-header-content-length" not in headers:
+        return np.frombuffer(body, "<f4")
     try:
         length = int(headers.get("inference-header-content-length", len(body)))
         output = orjson.loads(body[:length])["outputs"][0]
-        shape, size = output["shape"], output.get("parameters", {}).get("binary_data_size")
+        shape, size = output["shape"], (output.get("parameters") or {}).get("binary_data_size")
         if size is None:
             return np.array(output["data"], "<f4").reshape(shape)
         return np.frombuffer(body[length : length + size], "<f4").reshape(shape)

@@ -17,17 +17,19 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 class InProcess:
-    """A mixture-of-experts model: `answer` is one request."""
+    """A mixture-of-experts model, or one expert without a gate: `answer` is one request."""
 
     def __init__(self, folder: Path) -> None:
         manifest = json.loads((folder / "model.json").read_bytes())
         self._top_k = manifest["top_k"]
-        self._input = manifest["gate"]["inputs"][0]["name"]
-        self._gate = _session(folder / manifest["gate"]["file"])
+        self._input = manifest["experts"][0]["inputs"][0]["name"]
+        self._gate = _session(folder / manifest["gate"]["file"]) if manifest["gate"] else None
         self._experts = [_session(folder / expert["file"]) for expert in manifest["experts"]]
 
     def answer(self, windows: np.ndarray) -> np.ndarray:
         """float32 [rows, classes] for float32 [rows, ...]: each expert runs once, over the rows that activate it."""
+        if self._gate is None:
+            return self._experts[0].run(None, {self._input: windows})[0]
         scores = self._gate.run(None, {self._input: windows})[0].astype(np.float64)
         chosen = np.argsort(-scores, axis=1, kind="stable")[:, : self._top_k]
         weights = np.take_along_axis(scores, chosen, axis=1)

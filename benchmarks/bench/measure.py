@@ -7,7 +7,7 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from benchmarks.bench.closed_loop import STRETCH
 from benchmarks.bench.figures import Case, Measured
 from benchmarks.demo.windows import MODEL
 from benchmarks.fleet import LocalFleet
-from benchmarks.processes import Running, spawn, tail
+from benchmarks.processes import Running, end_family, spawn, tail
 from bmoe.protocol.errors import UnavailableError
 
 READY_WITHIN_S = 60.0
 BEYOND_S = 40.0
+PATIENCE_S = 3.0
 WARM_S = 0.5
 # After the last answer: verdicts are entered, validators fold and check. It is paid by the phase that caused it.
 SETTLE_S = 0.7
@@ -61,26 +62,34 @@ class Asker:
         return found
 
 
+def worker_of(model: Path) -> tuple[str, ...]:
+    """The command line of our own client for a model's folder."""
+    return (sys.executable, "-m", "benchmarks.bench.worker", str(model))
+
+
 @contextlib.asynccontextmanager
-async def asking(logs: Path) -> AsyncIterator[Asker]:
-    """The client's process, ready."""
-    log = logs / "client.log"
+async def asking(log: Path, argv: Sequence[str]) -> AsyncIterator[Asker]:
+    """A client's process, ready."""
     pipe = asyncio.subprocess.PIPE
-    argv = (sys.executable, "-m", "benchmarks.bench.worker")
     child = await spawn("client", argv, log, stdout=pipe, stdin=pipe, limit=1 << 24)
     try:
         asker = Asker(child, log)
         await asker.said(READY_WITHIN_S)
         yield asker
     finally:
-        await child.stop(1)
+        if child.process.stdin is not None:
+            child.process.stdin.close()
+        await end_family(child, PATIENCE_S)
 
 
 class Bench:
     """A fleet, a client, and the phases measured so far."""
 
-    def __init__(self, fleet: LocalFleet, asker: Asker, encoding: str, wait: str) -> None:
-        self._fleet, self._asker, self._encoding, self._wait = fleet, asker, encoding, wait
+    def __init__(
+        self, fleet: LocalFleet, asker: Asker, encoding: str, wait: str, model: str = MODEL, top_k: int = TOP_K
+    ) -> None:
+        self._fleet, self._asker, self.encoding, self._wait = fleet, asker, encoding, wait
+        self._model, self._top_k = model, top_k
         self._client = fleet.client()
         self.request_bytes: dict[int, int] = {}
 
@@ -89,8 +98,8 @@ class Bench:
         command = {
             "do": "load",
             "url": self._fleet.url,
-            "path": f"/v2/models/{MODEL}/infer",
-            "encoding": self._encoding,
+            "path": f"/v2/models/{self._model}/infer",
+            "encoding": self.encoding,
             "parameters": {"policy": case.policy, "wait": self._wait},
             "rows": case.rows,
             "connections": case.connections,
@@ -103,7 +112,7 @@ class Bench:
         cpu, counted = used(cpu, self._cpu()), await self._counts()
         self.request_bytes[case.rows] = said["request_bytes"]
         counts = {name: counted[name] - counts[name] for name in counted}
-        counts["task_rows"] = said["done"] * case.rows * TOP_K
+        counts["task_rows"] = said["done"] * case.rows * self._top_k
         return Measured(
             case, said["seconds"], said["latencies_ms"], said["done"], cpu, counts, said["errors"], said["wrong"]
         )

@@ -1,4 +1,6 @@
-"""The client's process: `python -m benchmarks.bench.worker` does what lines of JSON on its input say, one at a time.
+"""The client's process: `python -m benchmarks.bench.worker FOLDER` does what lines of JSON on its input say, in turn.
+
+FOLDER is the model's, for running it here.
 
 {"do": "load", "url", "path", "encoding", "parameters", "rows", "connections", "warm_s", "seconds"} asks a server;
 {"do": "in_process", "rows", "seconds"} runs the model here. Each is answered by one line, a failure by {"error"}.
@@ -12,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -20,9 +23,8 @@ import numpy as np
 from benchmarks.bench.bodies import Template, first_output, template
 from benchmarks.bench.closed_loop import Run, run
 from benchmarks.bench.inprocess import InProcess, run_in_process
-from benchmarks.demo.windows import INPUT, MODEL, held_out
+from benchmarks.demo.windows import INPUT, held_out
 from bmoe.protocol.errors import BmoeError
-from bmoe.storage.packaged import packaged
 
 # How many different batches of real windows a phase goes round; with the slots filled, no two requests are the same.
 BATCHES = 32
@@ -32,10 +34,10 @@ TOLERANCE = 1e-4
 class Worker:
     """The windows, the model and the requests made so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         windows, _ = held_out()
         self._windows = windows[np.random.default_rng(0).permutation(len(windows))]
-        self._model = InProcess(packaged("models", MODEL))
+        self._model = InProcess(folder)
         self._templates: dict[str, list[Template]] = {}
         self._numbers = itertools.count()
 
@@ -80,8 +82,7 @@ class Worker:
         key = json.dumps([host, path, encoding, parameters, command["rows"]])
         if key not in self._templates:
             self._templates[key] = [
-                template(batch, command.get("input", INPUT), encoding, path, parameters, host)
-                for batch in self._batches(command["rows"])
+                template(batch, INPUT, encoding, path, parameters, host) for batch in self._batches(command["rows"])
             ]
         return self._templates[key]
 
@@ -91,7 +92,8 @@ class Worker:
         for number, headers, body in seen.samples:
             expected = self._model.answer(templates[number % len(templates)].inputs(number))
             got = first_output(headers, body)
-            off = float(np.abs(got - expected).max()) if got.shape == expected.shape else float("inf")
+            fits = got.shape in (expected.shape, (expected.size,))
+            off = float(np.abs(got.reshape(expected.shape) - expected).max()) if fits else float("inf")
             if not off <= TOLERANCE:
                 found.append(f"request {number} is off by {off:g}")
         return found
@@ -100,7 +102,7 @@ class Worker:
 def main() -> int:
     """Serve until the input ends."""
     try:
-        worker = Worker()
+        worker = Worker(Path(sys.argv[1]))
     except BmoeError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1

@@ -13,6 +13,7 @@ from benchmarks.bench.bodies import SLOT_STEPS, first_output, slot_value, templa
 from benchmarks.bench.figures import CLIENT, OTHERS, Case, Measured, find, grouped, last_line, percentile, summed
 from benchmarks.bench.floor import Primitives
 from benchmarks.bench.report import Circumstances, report
+from benchmarks.peers import report as peers_report
 from bmoe.protocol.errors import InputError, MessageError
 from coordinator.intake import DATATYPES
 
@@ -171,3 +172,25 @@ def test_an_answer_is_read_in_either_form() -> None:
     assert np.array_equal(first_output(said, header + values.tobytes()), values)
     with pytest.raises(MessageError, match="no first output"):
         first_output({}, b'{"outputs": []}')
+
+
+def test_raw_bodies_hold_the_numbers_alone() -> None:
+    windows = np.random.default_rng(1).normal(size=(3, 6, 100)).astype(np.float32)
+    made = template(windows, "window", "raw", "/v2/models/m/infer", {}, "host:1")
+    headers, body = parsed(made.fill(5))
+    assert int(headers["content-length"]) == len(body) == windows.nbytes
+    assert np.array_equal(np.frombuffer(body, "<f4").reshape(windows.shape), made.inputs(5))
+    assert np.array_equal(first_output({"content-type": "application/octet-stream"}, body), made.inputs(5).reshape(-1))
+
+
+def test_peers_are_compared_with_what_we_did_beside_them_and_who_is_absent_is_named() -> None:
+    beside = f"{peers_report.OURS} beside kserve"
+    rounds = [
+        measured(beside, 1, 32, [4.0] * 90), measured("kserve", 1, 32, [2.0] * 60),
+        measured(beside, 1, 1, [4.0] * 9), measured("kserve", 1, 1, [2.0] * 90),
+    ]  # fmt: skip
+    figures = grouped(rounds)
+    line = peers_report.last_line(figures, ["kserve", "ray"])
+    assert line == "PEERS over_kserve_b1=1.50 over_kserve_b32=skipped over_ray_b1=skipped over_ray_b32=skipped"
+    text = "\n".join(peers_report.table(figures, "a machine", {"ray": "does not install: no wheel"}, 4, "json"))
+    assert "- ray: skipped, does not install: no wheel" in text and "| kserve | 1 | 32 | 30.0 |" in text
