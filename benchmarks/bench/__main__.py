@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +29,7 @@ from benchmarks.bench.report import Circumstances, report
 from benchmarks.demo.steps import until_failure
 from benchmarks.demo.windows import MODEL
 from benchmarks.fleet import LocalFleet, specs
-from bmoe.protocol.errors import BmoeError
+from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.storage.packaged import packaged
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,6 +101,7 @@ async def _bench(given: argparse.Namespace, fleet: LocalFleet, outcome: list[int
         _tell(f"warm after {took:.0f} s: {trusted} of {given.agents} agents are trusted; requests are {encoding}")
         idle = await bench.idle(IDLE_S)
         measured = await _rounds(given, bench)
+        stages = await _stages(given, bench)
         while time.monotonic() < loaded_since + 60 * given.minutes:
             await bench.measure(Case("referee", 1, given.clients), 10.0)
         minutes, memory = (time.monotonic() - loaded_since) / 60, pss_mb(fleet)
@@ -117,7 +119,7 @@ async def _bench(given: argparse.Namespace, fleet: LocalFleet, outcome: list[int
         f"{max(memory):.1f} (whole process tree, {len(memory)} agents)",
         f"ready to serve {', '.join(f'{s:.2f}' for s in starts)} s after its process starts, others idle",
     ]
-    circumstances = Circumstances(machine(), settings, primitives(fleet.root), idle, os.cpu_count() or 1)
+    circumstances = Circumstances(machine(), settings, primitives(fleet.root), idle, os.cpu_count() or 1, stages)
     text = report(figures, circumstances, agents)
     faults = faults_of(measured)
     print(f"\n{text}\n{len(measured)} phases in {time.monotonic() - began:.0f} s")
@@ -147,6 +149,19 @@ async def _rounds(given: argparse.Namespace, bench: Bench) -> list[Measured]:
         rates = [f"{m.case.policy} b{m.case.rows} {m.items_per_s:.0f}/s" for m in measured[-14:] if m.case.loaded]
         _tell(f"round {number + 1} of {given.rounds}: {', '.join(rates)}")
     return measured
+
+
+async def _stages(given: argparse.Namespace, bench: Bench) -> dict[str, Mapping[str, float]] | str:
+    """Phases of their own, for sampling slows what it looks at: the shares of each case, or why there are none."""
+    found: dict[str, Mapping[str, float]] = {}
+    for rows in BATCHES:
+        for policy in COMPARED:
+            case = Case(policy, rows, given.clients if rows == 1 else given.clients // 2)
+            try:
+                found[f"{policy} b{rows}"] = await bench.stages(case, given.seconds)
+            except UnavailableError as error:
+                return str(error)
+    return found
 
 
 def faults_of(measured: list[Measured]) -> list[str]:

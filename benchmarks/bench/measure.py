@@ -7,13 +7,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bench.account import cpu_by_kind, used
+from benchmarks.bench.account import COORDINATOR, cpu_by_kind, used
 from benchmarks.bench.closed_loop import STRETCH
 from benchmarks.bench.figures import Case, Measured
+from benchmarks.bench.stages import sampled
 from benchmarks.demo.windows import MODEL
 from benchmarks.fleet import LocalFleet
 from benchmarks.processes import Running, end_family, spawn, tail
@@ -124,6 +125,16 @@ class Bench:
         )
         case, cpu = Case("in process", rows, 1), {"in process": said["cpu_s"]}
         return Measured(case, said["seconds"], said["latencies_ms"], said["done"], cpu)
+
+    async def stages(self, case: Case, seconds: float) -> Mapping[str, float]:
+        """The shares of the coordinator's stages under this load; raises UnavailableError where they cannot be sampled."""
+        pid = next(pid for pid, kind in self._fleet.members().items() if kind == COORDINATOR)
+        load = asyncio.ensure_future(self.measure(case, seconds + SETTLE_S))
+        try:
+            await asyncio.sleep(SETTLE_S)
+            return await sampled(pid, seconds, self._fleet.logs)
+        finally:
+            await load
 
     async def idle(self, seconds: float) -> dict[str, float]:
         """CPU seconds a second of a fleet that nobody asks anything, by kind of process."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.bench.account import LOOP
 from benchmarks.bench.figures import CLIENT, OTHERS, Case, Figures, find
 from benchmarks.bench.floor import Primitives
 
@@ -15,8 +16,8 @@ NAMES = {
     "full": "(d) all agents (`full`)",
 }
 APART = (CLIENT, OTHERS)
-# Model executions by agents, signatures and checks of a request at batch 1 that shares nothing, by policy: two experts;
-# per replica a signed task, its check, a signed output, its check by coordinator and validator, a signed notice, its check.
+# What a request at batch 1 that shares nothing cannot do without, by policy: two experts' tasks, each signed once; per
+# replica the task's check, a signed output, and its check by coordinator and validator.
 EXPERTS = 2
 
 
@@ -29,13 +30,15 @@ class Circumstances:
     primitives: Primitives
     idle: Mapping[str, float]
     cores: int
+    stages: Mapping[str, Mapping[str, float]] | str
 
 
 def report(figures: Mapping[Case, Figures], circumstances: Circumstances, agents: Sequence[str]) -> str:
     """All tables, with what they were measured under."""
     loaded = [f for case, f in figures.items() if case.loaded]
+    others = f"other programs took {share_of_others(loaded):.0%} of the CPU used meanwhile"
     parts = [
-        [circumstances.machine, "", *(f"- {line}" for line in circumstances.settings)],
+        [circumstances.machine, "", *(f"- {line}" for line in [*circumstances.settings, others])],
         ["## Throughput and latency", "", *throughput(figures.values())],
         [
             "## Where the CPU goes",
@@ -44,6 +47,7 @@ def report(figures: Mapping[Case, Figures], circumstances: Circumstances, agents
             "",
             *cpu(loaded, circumstances.cores),
         ],
+        ["## Inside the coordinator", "", *stages(figures, circumstances.stages)],
         ["## Tasks", "", *tasks(loaded)],
         ["## The floor", "", *floor(figures, circumstances)],
         ["## An agent", "", *(f"- {line}" for line in agents)],
@@ -76,7 +80,32 @@ def cpu(figures: Sequence[Figures], cores: int) -> list[str]:
     lines.append(_row("**the fleet together**", [f.cpu_ms_per_request for f in figures]))
     lines += [_row(kind, [f.cpu_ms.get(kind, 0.0) for f in figures]) for kind in APART]
     lines.append(_row(f"the {cores} cores' time", [1000 * cores * f.case.rows / f.items_per_s for f in figures]))
+    own = [f.cpu_ms_per_request + f.cpu_ms.get(CLIENT, 0.0) for f in figures]
+    lines.append(
+        _row(
+            "items/s if fleet and client had the cores to themselves",
+            [1000 * cores * f.case.rows / ms if ms else 0.0 for f, ms in zip(figures, own, strict=True)],
+        )
+    )
     return lines
+
+
+def share_of_others(figures: Iterable[Figures]) -> float:
+    """Of all CPU used in the phases, the share that other programs took, 0 to 1."""
+    kinds = [(kind, ms) for f in figures for kind, ms in f.cpu_ms.items()]
+    return sum(ms for kind, ms in kinds if kind == OTHERS) / max(1e-9, sum(ms for _, ms in kinds))
+
+
+def stages(figures: Mapping[Case, Figures], shares: Mapping[str, Mapping[str, float]] | str) -> list[str]:
+    """The event loop's CPU milliseconds a request, shared out by the samples of each stage; or why there are none."""
+    if isinstance(shares, str):
+        return [f"Not sampled: {shares}."]
+    spent = {f"{case.policy} b{case.rows}": f.cpu_ms.get(LOOP, 0.0) for case, f in figures.items() if case.loaded}
+    names = list(dict.fromkeys(stage for of_case in shares.values() for stage in of_case))
+    last = list(shares)[-1]
+    names.sort(key=lambda stage: -shares[last].get(stage, 0.0))
+    lines = [f"| event loop, ms a request | {' | '.join(shares)} |", f"| --- |{' ---: |' * len(shares)}"]
+    return lines + [_row(name, [spent[case] * of.get(name, 0.0) for case, of in shares.items()]) for name in names]
 
 
 def tasks(figures: Sequence[Figures]) -> list[str]:
@@ -101,8 +130,8 @@ def floor(figures: Mapping[Case, Figures], circumstances: Circumstances) -> list
         f"{one.verify_ms:.3f} ms; a durable 4 KiB append {one.sync_ms:.2f} ms",
     ]
     for policy, replicas in (("single", 1), ("referee", 2)):
-        signed = EXPERTS * replicas * 3
-        checked = EXPERTS * replicas * 4
+        signed = EXPERTS * (1 + replicas)
+        checked = EXPERTS * replicas * 3
         least = model_ms * replicas + signed * one.sign_ms + checked * one.verify_ms
         spent = find(figures, policy, 1, True)
         lines.append(

@@ -12,10 +12,13 @@ from benchmarks.bench.account import LOOP, busy_seconds, used
 from benchmarks.bench.bodies import SLOT_STEPS, first_output, slot_value, template
 from benchmarks.bench.figures import CLIENT, OTHERS, Case, Measured, find, grouped, last_line, percentile, summed
 from benchmarks.bench.floor import Primitives
-from benchmarks.bench.report import Circumstances, report
+from benchmarks.bench.report import Circumstances, report, stages
+from benchmarks.bench.stages import OUTSIDE, shares
 from benchmarks.peers import report as peers_report
-from bmoe.protocol.errors import InputError, MessageError
+from bmoe.protocol.errors import InputError, MessageError, UnavailableError
 from coordinator.intake import DATATYPES
+
+SHARES = {"single b1": {"MQTT": 0.25, "intake": 0.75}, "single b32": {"intake": 1.0}}
 
 
 def measured(policy: str, rows: int, connections: int, latencies: list[float], **more: object) -> Measured:
@@ -109,14 +112,38 @@ def test_a_run_without_the_verified_policy_has_no_last_line() -> None:
 
 
 def test_the_report_accounts_for_every_process() -> None:
-    circumstances = Circumstances("a machine", ["a setting"], Primitives(0.05, 0.1, 0.3), {LOOP: 0.01, OTHERS: 1.0}, 2)
+    circumstances = Circumstances(
+        "a machine", ["a setting"], Primitives(0.05, 0.1, 0.3), {LOOP: 0.01, OTHERS: 1.0}, 2, SHARES
+    )
     text = report(grouped(whole_run()), circumstances, ["61 MiB"])
     table = text.split("## Where the CPU goes")[1].split("##")[0]
     for kind in (LOOP, "agent", CLIENT, OTHERS, "the fleet together"):
         assert kind in table
     # single b1: 20 answers in 2 s of two cores; 0.4 s of the fleet's CPU
     assert "| the 2 cores' time | 200.00 |" in table and "| **the fleet together** | 20.00 |" in table
+    assert "| items/s if fleet and client had the cores to themselves | 4.26 |" in table  # 20 ms, and the client's 450
+    assert "| MQTT | 3.75 | 0.00 |" in text  # a quarter of the 15 ms that the loop took
+    assert "other programs took 35% of the CPU" in text
     assert "nobody asking: 10 ms of CPU a second" in text
+
+
+def test_what_cannot_be_sampled_is_said_not_guessed() -> None:
+    assert stages({}, "py-spy is not installed") == ["Not sampled: py-spy is not installed."]
+
+
+STACKS = """\
+thread (1): MainThread;main (coordinator/service.py:57);_writable (bmoe/protocol/connection.py:9);send (ssl.py:1) 3
+thread (1): MainThread;main (coordinator/service.py:57);_infer (coordinator/api.py:1);seal (bmoe/protocol/envelope.py:57) 2
+thread (1): MainThread;main (coordinator/service.py:57);run (uvloop/__init__.py:92);app (fastapi/routing.py:175) 4
+thread (1): MainThread;main (coordinator/service.py:57);run (uvloop/__init__.py:92);f (bmoe/new_part.py:1) 1
+thread (2): worker;_commit (bmoe/ledger/store.py:3) 90
+"""
+
+
+def test_a_sample_counts_for_our_innermost_function_on_the_main_thread() -> None:
+    assert shares(STACKS) == {OUTSIDE: 0.4, "MQTT": 0.3, "encode and decode": 0.2, "bmoe/new_part.py": 0.1}
+    with pytest.raises(UnavailableError, match="no sample"):
+        shares(STACKS.splitlines()[-1])
 
 
 def test_one_client_is_told_from_many() -> None:
