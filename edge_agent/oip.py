@@ -33,6 +33,8 @@ def fitted(given: Mapping[str, Any], specs: Sequence[Sequence[Any]], batch: bool
         raise MessageError(f"the model takes the inputs {wanted}, got {short(list(arrays))}")
     tensors = tuple(_fit(arrays[spec[0]], spec, batch) for spec in specs)
     rows = tensors[0].dims[0] if batch and tensors and tensors[0].dims else None
+    if rows == 0:
+        raise MessageError("a request has at least one row, this one none")
     check_specs(tensors, specs, rows)
     return tensors
 

@@ -24,7 +24,7 @@ from edge_agent.submissions import Submission, Submissions
 
 log = logging.getLogger("bmoe.agent")
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 10.0
-PREPARE_S = 60.0
+HOLD_S, REFRESH_S = 60.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,7 @@ class Asker:
         self._submissions, self._local = submissions, local
         self._parameters, self._reply_s = parameters, reply_s
         self._model: Model | None = None
+        self._held = local is None
 
     async def run(self, source: Source) -> None:
         """Serve a source until it has no more requests and nothing waits to be verified."""
@@ -197,13 +198,14 @@ class Asker:
         if self._local is not None:
             try:
                 await self._local.hold(self._model)
+                self._held = True
             except BmoeError as error:
                 log.warning(event("model_not_held", model=self._name, reason=error))
 
     async def _keep_up(self) -> None:
         """For ever: learn of new versions of the model, and hold their files, too."""
         while True:
-            await asyncio.sleep(PREPARE_S)
+            await asyncio.sleep(REFRESH_S if self._held else HOLD_S)
             with contextlib.suppress(BmoeError):
                 await self._refresh()
 

@@ -85,9 +85,11 @@ class FolderSource:
     async def _serve(self, path: Path, model: Model, ask: Ask) -> None:
         """One file in work/, from its bytes to done/."""
         name = path.name
-        data, identity = await in_thread(lambda: _read(path, self._file_bytes))
+        data, identity, fault = await in_thread(lambda: _read(path, self._file_bytes))
         if self._answered(name) != identity:
             try:
+                if fault:
+                    raise InputError(f"{name} cannot be read: {fault}")
                 inputs = await in_thread(lambda: read_inputs(name, data, model, self._file_bytes))
                 reply = await ask(Question(identity, inputs, name))
             except (InputError, RefusedError) as error:
@@ -118,10 +120,14 @@ class FolderSource:
         sync_folder(self._work)
 
 
-def _read(path: Path, limit: int) -> tuple[bytes, str]:
-    """A file's bytes, one more than `limit` at most, and the id of its request: of this name, time and content."""
-    with path.open("rb") as file:
-        changed_ns = os.fstat(file.fileno()).st_mtime_ns
-        data = file.read(limit + 1)
+def _read(path: Path, limit: int) -> tuple[bytes, str, str]:
+    """A file's bytes, one more than `limit` at most; the id of its request, of this name, time and content; and why it
+    cannot be read, if it cannot."""
+    data, fault, changed_ns = b"", "", path.stat().st_mtime_ns
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        fault = error.strerror or str(error)
     digest = hashlib.sha256(f"{path.name}\0{changed_ns}\0".encode() + data).hexdigest()
-    return data, digest[:32]
+    return data, digest[:32], fault

@@ -260,6 +260,7 @@ def test_arrays_are_fitted_without_being_changed(given: Any, spec: Any, expected
         ({"x": [[1, float("nan")]]}, ("x", "float32", (0, 2))),
         ({"x": [[1e39, 1]]}, ("x", "float32", (0, 2))),
         ({"x": [[True, False]]}, ("x", "float32", (0, 2))),
+        ({"x": np.zeros((0, 2), np.float32)}, ("x", "float32", (0, 2))),
         ({"x": None}, ("x", "float32", (0, 2))),
         ({"y": [[1, 2]]}, ("x", "float32", (0, 2))),
         ({"inputs": [1]}, ("x", "float32", (0, 2))),

@@ -121,6 +121,22 @@ async def test_a_bad_file_is_answered_with_the_reason_and_holds_up_nobody(inbox:
         assert "at most 10000" in inbox.answer("d.npy")["error"]
 
 
+async def test_a_file_that_cannot_be_read_is_told_like_any_other(inbox: Inbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refusing(path: Path, *arguments: Any, **more: Any) -> Any:
+        if path.name == "a.npy" and path.parent.name == "work":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refusing)  # for one who runs as root may read everything
+    async with inbox.watched():
+        inbox.drop("a.npy", npy(ONE))
+        inbox.drop("b.npy", npy(ONE))
+        assert (await inbox.done("a.npy"))["error"] == "a.npy cannot be read: Permission denied"
+        await inbox.done("b.npy")
+
+
 async def test_what_is_no_request_is_left_alone(inbox: Inbox) -> None:
     async with inbox.watched():
         inbox.drop("notes.txt", b"hello")
