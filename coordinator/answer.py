@@ -68,6 +68,8 @@ class Answerer:
             return await self._answer(request, again)
         except Exception as error:
             self._journal.failed(request.id, str(error) if isinstance(error, BmoeError) else "internal error")
+            if not again:
+                self._journal.replied(request.id)  # whoever waits is told by this very error
             raise
 
     async def _answer(self, request: Request, again: bool) -> Answered:

@@ -22,6 +22,7 @@ from bmoe.protocol.tensors import Tensor
 from coordinator.gateway import Gateway
 from coordinator.intake import DATATYPE_OF
 from coordinator.jobs import Answered
+from coordinator.mqtt_history import History
 from coordinator.mqtt_requests import MqttRequests, owner_of
 from coordinator.records import unpack_answered
 
@@ -85,14 +86,18 @@ def _status(error: BmoeError) -> int:
 def take_mqtt_requests(gateway: Gateway) -> MqttRequests:
     """Answer what devices publish as requests, from now on, as HTTP clients are answered."""
 
-    async def answer(device: str, model: str, body: bytes) -> dict[str, Any]:
+    async def answer(device: str, model: str, body: bytes, where: str) -> dict[str, Any]:
         if len(body) > gateway.settings.body_bytes:
             raise InputError(f"the body exceeds {gateway.settings.body_bytes} bytes")
-        tenant = owner_of(gateway.state.members, device)
         with gateway.admitted():
-            return _response(await gateway.infer(model, body, tenant))
+            return _response(await gateway.infer(model, body, owner(device), where))
 
-    requests = MqttRequests(answer, gateway.link, _status)
+    def owner(device: str) -> str:
+        return owner_of(gateway.state.members, device)
+
+    history = History(gateway.journal, gateway.catalogue, _response)
+    requests = MqttRequests(answer, gateway.link, _status, owner, history)
+    gateway.recovery.tell(lambda outcome: requests.tell(*history.outcome(outcome)))
     gateway.take_requests(requests.take)
     return requests
 

@@ -168,7 +168,7 @@ class Gateway:
     async def infer(self, name: str, body: bytes, tenant: str, reply_to: str = "") -> Answered:
         """Answer one request; raises InputError for a bad one, UnavailableError when it cannot be served now.
 
-        `reply_to` names a device that is told of the outcome on its topic, after a crash as well.
+        `reply_to` names a device that is told of the outcome on its topic, after a crash as well. See mqtt_history.
         """
         model = self.catalogue.get(name)
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))

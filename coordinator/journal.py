@@ -203,10 +203,10 @@ class Journal:
         rows = await self._rows("id = ?", (request,))
         return rows[0] if rows else None
 
-    async def latest(self, tenant: str, client_id: str) -> Row | None:
-        """What is known of a tenant's latest request under an id of the client's own."""
-        where = "tenant = ? AND client_id = ? AND client_id <> '' ORDER BY rowid DESC LIMIT 1"
-        rows = await self._rows(where, (tenant, client_id))
+    async def latest(self, tenant: str, client_id: str, reply_to: str = "") -> Row | None:
+        """What is known of a tenant's latest request under an id of the client's own, to be replied to there if given."""
+        where = "tenant = ? AND client_id = ? AND client_id <> '' AND ? IN ('', reply_to) ORDER BY rowid DESC LIMIT 1"
+        rows = await self._rows(where, (tenant, client_id, reply_to))
         return rows[0] if rows else None
 
     async def unreplied(self) -> list[Row]:

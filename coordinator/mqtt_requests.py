@@ -19,6 +19,7 @@ import structlog
 
 from bmoe.protocol.errors import BmoeError, MessageError, RefusedError, UnavailableError
 from bmoe.protocol.topics import topic
+from coordinator.mqtt_history import reply_to
 from coordinator.recent import Recent, request_key
 
 log = structlog.get_logger("mqtt_requests")
@@ -35,7 +36,7 @@ PEEK_BYTES = 4096
 
 REFUSALS_SENT = 8
 RETRY_S = 0.05
-Answer = Callable[[str, str, bytes], Awaitable[dict[str, Any]]]
+Answer = Callable[[str, str, bytes, str], Awaitable[dict[str, Any]]]
 
 
 class Replies(Protocol):
@@ -44,6 +45,14 @@ class Replies(Protocol):
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]: ...
 
     async def wait_up(self, timeout_s: float) -> None: ...
+
+
+class Earlier(Protocol):
+    """What is known of requests from before this run, and who wants to know that a reply was sent."""
+
+    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, dict[str, Any] | None]: ...
+
+    def sent(self, request: str) -> None: ...
 
 
 @dataclass
@@ -60,11 +69,20 @@ class _Queue:
 class MqttRequests:
     """Takes what devices publish; nothing of it blocks the link, nothing of it grows without bound.
 
-    `answer(device, model, body)` gives the reply of the HTTP API or raises BmoeError; `status(error)` is its HTTP status.
+    `answer(device, model, body, where)` gives the reply of the HTTP API or raises BmoeError, `where` being the name by
+    which a later run knows the request; `status(error)` is its HTTP status; `owner(device)` the tenant.
     """
 
-    def __init__(self, answer: Answer, link: Replies, status: Callable[[BmoeError], int]) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        link: Replies,
+        status: Callable[[BmoeError], int],
+        owner: Callable[[str], str],
+        history: Earlier,
+    ) -> None:
         self._answer, self._link, self._status = answer, link, status
+        self._owner, self._history = owner, history
         self._queues: dict[str, _Queue] = {}
         self._bytes = 0
         self._recent = Recent()
@@ -112,20 +130,25 @@ class MqttRequests:
             if not queue.running:
                 self._queues.pop(device, None)
 
+    def tell(self, device: str, values: dict[str, Any]) -> None:
+        """Send the outcome of a request that an earlier run left."""
+        self._spawn(self._deliver(device, orjson.dumps(values), request=request_of(values)))
+
     async def _serve(self, device: str, model: str, payload: bytes) -> None:
         """One request, from its bytes to the broker's acknowledgement of its reply."""
-        key, client_id = b"", ""
+        key, client_id, request = b"", "", ""
         try:
             client_id = id_of(payload)
-            if client_id:
-                key = request_key(client_id, model, payload)
-                fresh, reply = self._recent.begin(device, key, time.monotonic())
-                if not fresh:
-                    log.info("request_repeated", device=device, id=client_id, in_work=reply is None)
-                    if reply is not None:
-                        await self._deliver(device, reply)
-                    return
-            reply = orjson.dumps(await self._answer(device, model, payload))
+            key = request_key(client_id, model, payload) if client_id else b""
+            where = reply_to(device, key)
+            fresh, reply = await self._begin(device, client_id, key, where)
+            if not fresh:
+                log.info("request_repeated", device=device, id=client_id, in_work=reply is None)
+                if reply is not None:
+                    await self._deliver(device, reply)
+                return
+            values = await self._answer(device, model, payload, where)
+            reply, request = orjson.dumps(values), request_of(values)
         except BmoeError as error:
             reply = self._error(error, client_id)
             self._forget(device, key)
@@ -136,18 +159,36 @@ class MqttRequests:
         else:
             if key:
                 self._recent.done(device, key, reply)
-        await self._deliver(device, reply, client_id)
+        await self._deliver(device, reply, client_id, request)
+
+    async def _begin(self, device: str, client_id: str, key: bytes, where: str) -> tuple[bool, bytes | None]:
+        """(True, None) for a request to be run; else (False, its reply or None if it is in work)."""
+        if not key:
+            return True, None
+        fresh, reply = self._recent.begin(device, key, time.monotonic())
+        if not fresh:
+            return False, reply
+        known, values = await self._history.earlier(self._owner(device), client_id, where)
+        if known and values is not None:
+            reply = orjson.dumps(values)
+            self._recent.done(device, key, reply)
+        elif known:  # an earlier run's, which is told when it is finished; asked for again, the journal is asked again
+            self._forget(device, key)
+        return not known, reply
 
     def _forget(self, device: str, key: bytes) -> None:
         if key:  # an error may pass: the same request again is another attempt
             self._recent.forget(device, key)
 
-    async def _deliver(self, device: str, reply: bytes, client_id: str = "") -> None:
-        """Publish a reply, again after each break of the link, for REPLY_S."""
+    async def _deliver(self, device: str, reply: bytes, client_id: str = "", request: str = "") -> None:
+        """Publish a reply, again after each break of the link, for REPLY_S; note that of `request` as sent."""
         deadline = time.monotonic() + REPLY_S
         while True:
             try:
-                return await self._link.publish(topic(device, "reply"), reply, qos=1)
+                await self._link.publish(topic(device, "reply"), reply, qos=1)
+                if request:
+                    self._history.sent(request)
+                return
             except MessageError as error:
                 reply = self._error(MessageError(f"the answer cannot be sent: {error}; ask for fewer rows"), client_id)
             except UnavailableError as error:
@@ -210,6 +251,11 @@ def id_of(payload: bytes) -> str:
     if not isinstance(found, str) or len(found) > ID_CHARACTERS:
         raise MessageError(f"id must be text of at most {ID_CHARACTERS} characters")
     return found
+
+
+def request_of(values: dict[str, Any]) -> str:
+    """The request's own id in a reply."""
+    return str(values.get("request") or values["parameters"]["request"])
 
 
 def owner_of(members: dict[str, Any], device: str) -> str:

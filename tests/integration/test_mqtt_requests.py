@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fault_tools import until
+from fault_tools import kill_in_gateway, until
 from identity_fleet import Peer
 from ledger_check import check_ledger
 from live_fleet import NEAR, PATIENCE_S, LiveFleet
@@ -96,6 +96,35 @@ async def test_a_flooding_sensor_starves_nobody(fleet: LiveFleet) -> None:
 
     await until(worked_off, PATIENCE_S, "what the flood got through is worked off")
     await fleet.answers_right()
+
+
+async def test_a_request_in_work_when_the_coordinator_is_killed_is_answered_once_by_the_next(fleet: LiveFleet) -> None:
+    async with fleet.board("steady") as board:
+        settings = board.settings("steady:source")
+        async with Peer(settings, topic("steady", "reply"), qos=1) as sensor:
+            await sensor.up()
+            asked, request = request_topic("steady", "wearable"), body("once", fleet.windows)
+            agents = [fleet.fleet.running[name] for name in fleet.honest]
+            for agent in agents:
+                agent.process.send_signal(signal.SIGSTOP)
+            try:
+                await sensor.link.publish(asked, request, qos=1)
+
+                async def in_work() -> bool:
+                    return (await fleet.gateway.ask("statistics"))["tasks_running"] > 0
+
+                await until(in_work, PATIENCE_S, "the request is in work")
+                await kill_in_gateway(fleet.fleet, "coordinator")
+            finally:
+                for agent in agents:
+                    agent.process.send_signal(signal.SIGCONT)
+            await sensor.until(lambda: len(sensor.heard) == 1)
+            await sensor.link.publish(asked, request, qos=1)  # the sensor had given up waiting
+            await sensor.until(lambda: len(sensor.heard) == 2)
+            first, second = (json.loads(payload) for _, payload in sensor.heard)
+            assert np.allclose(probabilities(first), fleet.truth, atol=NEAR) and first["id"] == "once"
+            assert first["parameters"]["request"] == second["parameters"]["request"]
+            assert (await fleet.gateway.ask("statistics"))["requests"]["decided"] == 1
 
 
 class Wire:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from bmoe.protocol.errors import InputError, MessageError, RefusedError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InputError, MessageError, RefusedError, UnavailableError
 from bmoe.protocol.messages import Member
 from coordinator import mqtt_requests, recent
+from coordinator.mqtt_history import reply_to
 from coordinator.mqtt_requests import DEVICE_RUNNING, DEVICE_WAITING, REFUSALS_SENT, MqttRequests, id_of, owner_of
 from coordinator.recent import DEVICE_BYTES, DEVICE_COUNT, KEEP_S, TOTAL_BYTES, Recent, request_key
 
@@ -20,21 +21,36 @@ class Gateway:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str, bytes]] = []
-        self.sent: list[tuple[str, dict[str, Any]]] = []
+        self.told: list[tuple[str, dict[str, Any]]] = []
         self.open, self.up = asyncio.Event(), asyncio.Event()
         self.open.set()
         self.up.set()
         self.error: BaseException | None = None
         self.payload_max = 1 << 20
         self.news = asyncio.Event()
-        self.requests = MqttRequests(self.answer, self, lambda error: 400 if isinstance(error, InputError) else 503)
+        self.known: dict[str, dict[str, Any] | None] = {}
+        self.noted: list[str] = []
+        self.requests = MqttRequests(self.answer, self, self.status, lambda device: f"owner-of-{device}", self)
 
-    async def answer(self, device: str, model: str, body: bytes) -> dict[str, Any]:
+    def status(self, error: BmoeError) -> int:
+        return 400 if isinstance(error, InputError) else 503
+
+    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, dict[str, Any] | None]:
+        assert tenant == f"owner-of-{where.split(' ')[0]}"
+        return where in self.known, self.known.get(where)
+
+    def sent(self, request: str) -> None:
+        self.noted.append(request)
+
+    async def answer(self, device: str, model: str, body: bytes, where: str) -> dict[str, Any]:
+        key = request_key(id_of(body), model, body) if id_of(body) else b""
+        assert where == reply_to(device, key)
         self.asked.append((device, model, body))
         await self.open.wait()
         if self.error is not None:
             raise self.error
-        return {"id": id_of(body), "model_name": model, "turn": len(self.asked), "outputs": "x" * (len(body) // 4)}
+        values = {"id": id_of(body), "model_name": model, "turn": len(self.asked), "outputs": "x" * (len(body) // 4)}
+        return {**values, "parameters": {"request": "aa"}}
 
     def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -44,7 +60,7 @@ class Gateway:
             future.set_exception(MessageError(f"a payload of {len(payload)} bytes exceeds {self.payload_max}"))
         else:
             assert (qos, retain) == (1, False)
-            self.sent.append((topic, json.loads(payload)))
+            self.told.append((topic, json.loads(payload)))
             self.news.set()
             future.set_result(None)
         return future
@@ -62,7 +78,7 @@ class Gateway:
             await asyncio.sleep(0)
 
     def replies(self, device: str) -> list[dict[str, Any]]:
-        return [values for topic, values in self.sent if topic == f"bmoe/v1/{device}/reply"]
+        return [values for topic, values in self.told if topic == f"bmoe/v1/{device}/reply"]
 
 
 def body(client_id: str, **more: Any) -> bytes:
@@ -84,9 +100,9 @@ async def test_a_request_that_comes_twice_is_run_once_and_told_the_same() -> Non
     await gateway.ask("pi-1", body("a"))  # while it is in work: the one answer serves both
     gateway.open.set()
     await gateway.quiet()
-    assert len(gateway.asked) == len(gateway.sent) == 1
+    assert len(gateway.asked) == len(gateway.told) == 1
     await gateway.ask("pi-1", body("a"))  # afterwards: the same answer again, for the first may have been lost
-    assert len(gateway.asked) == 1 and gateway.sent[0] == gateway.sent[1]
+    assert len(gateway.asked) == 1 and gateway.told[0] == gateway.told[1]
 
 
 async def test_only_the_same_device_id_model_and_bytes_are_the_same_request() -> None:
@@ -100,7 +116,7 @@ async def test_only_the_same_device_id_model_and_bytes_are_the_same_request() ->
         ("pi-1", "wearable", b"{}"),  # without an id, two readings may be alike
     ):
         await gateway.ask(device, payload, model)
-    assert len(gateway.asked) == 6 == len(gateway.sent)
+    assert len(gateway.asked) == 6 == len(gateway.told)
 
 
 async def test_what_failed_is_told_and_may_be_tried_again() -> None:
@@ -167,11 +183,24 @@ async def test_large_bodies_fill_a_devices_queue_by_their_bytes(monkeypatch: pyt
     assert gateway.asked[-1][0] == "pi-3"
 
 
+async def test_what_an_earlier_run_answered_or_has_in_work_is_not_run_again() -> None:
+    gateway = Gateway()
+    where = {i: reply_to("pi-1", request_key(i, "wearable", body(i))) for i in "ab"}
+    gateway.known = {where["a"]: {"id": "a", "parameters": {"request": "bb"}}, where["b"]: None}
+    for client_id in "abac":
+        await gateway.ask("pi-1", body(client_id))
+    assert [payload for _, _, payload in gateway.asked] == [body("c")]
+    assert [reply["id"] for reply in gateway.replies("pi-1")] == ["a", "a", "c"]
+    gateway.requests.tell("pi-1", {"id": "b", "parameters": {"request": "cc"}})  # the earlier run's, finished
+    await gateway.quiet()
+    assert gateway.replies("pi-1")[-1]["id"] == "b" and gateway.noted == ["aa", "cc"]
+
+
 async def test_an_answer_waits_for_a_broken_link() -> None:
     gateway = Gateway()
     gateway.up.clear()
     await gateway.ask("pi-1", body("a"))
-    assert len(gateway.asked) == 1 and not gateway.sent
+    assert len(gateway.asked) == 1 and not gateway.told
     gateway.up.set()
     await asyncio.wait_for(gateway.news.wait(), 5)
     assert gateway.replies("pi-1")[0]["id"] == "a"
