@@ -57,8 +57,12 @@ class Subscriber:
         self._process = await asyncio.create_subprocess_exec(
             *argv, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, env=environment, limit=1 << 22
         )
-        while not (said := await self._said()).startswith("Subscribed"):
-            assert said, "mosquitto_sub ended before it was subscribed"
+        try:
+            while not (said := await self._said()).startswith("Subscribed"):
+                assert said, "mosquitto_sub ended before it was subscribed"
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
