@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from benchmarks.bench.figures import CLIENT, Case, Figures, find
+from benchmarks.bench.report import share_of_others
 from bmoe.protocol.errors import InputError
 
 OURS = "bmoe, `referee`, committed"
@@ -20,6 +21,7 @@ def table(
         "",
         f"- everybody serves one expert of `wearable` through onnxruntime on one thread; ours are {agents} agents, two of "
         f"which compute each task, and an answer waits until it is on the ledger (`wait=committed`, {encoding} bodies)",
+        f"- other programs took {share_of_others(figures.values()):.0%} of the CPU used meanwhile",
         *(f"- {name}: skipped, {reason}" for name, reason in absent.items()),
         "",
         "| who | batch | in flight | items/s | least to most | p50 ms | p99 ms | server CPU ms | client CPU ms |",
