@@ -14,7 +14,7 @@ DATA := seglearn==1.2.5
 
 # Debian's packages, unpacked without root; tests that need what is not there are skipped, and say so.
 MOSQUITTO := .mosquitto
-MOSQUITTO_PACKAGES := mosquitto-clients libmosquitto1 libcjson1
+MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
 
 .PHONY: help mosquitto demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
@@ -23,7 +23,7 @@ help:
 	@echo "make bench         what verification costs: the whole path with and without it, and onnxruntime alone"
 	@echo "make bench-peers   the same expert served by us, verified, and by hivemind, KServe and Ray Serve"
 	@echo "make test          unit and integration tests (no torch)"
-	@echo "make mosquitto     fetch mosquitto_pub and mosquitto_sub for the integration tests (Debian, no root)"
+	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
@@ -42,7 +42,8 @@ $(VENV_TRAIN)/.ready: pyproject.toml
 	$(VENV_TRAIN)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA)
 	@touch $@
 
-$(MOSQUITTO)/.ready:
+$(MOSQUITTO)/.ready: Makefile
+	rm -rf $(MOSQUITTO)
 	mkdir -p $(MOSQUITTO)/packages
 	cd $(MOSQUITTO)/packages && timeout 120 apt-get download $(MOSQUITTO_PACKAGES)
 	for package in $(MOSQUITTO)/packages/*.deb; do dpkg-deb -x "$$package" $(MOSQUITTO); done

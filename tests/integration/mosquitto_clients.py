@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 
+from benchmarks.mosquitto import find
 from benchmarks.processes import program
-
-FETCHED = Path(__file__).resolve().parents[2] / ".mosquitto" / "usr" / "bin"
+from bmoe.protocol.errors import ConfigError
 
 
 def client(name: str) -> tuple[str, dict[str, str]]:
     """The program and the environment that it needs; skips the test where it is not installed."""
-    path = shutil.which(name) or shutil.which(name, path=str(FETCHED))
-    if path is None:
-        pytest.skip(f"{name} is neither installed nor in {FETCHED}: `make mosquitto` fetches it on Debian")
-    beside = [str(p.parent) for p in Path(path).resolve().parents[1].glob("lib/*/libmosquitto.so.1")]
-    libraries = ":".join([*beside, os.environ.get("LD_LIBRARY_PATH", "")]).strip(":")
-    return path, {**os.environ, **({"LD_LIBRARY_PATH": libraries} if libraries else {})}
+    try:
+        path, variables = find(name)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return path, {**os.environ, **variables}
 
 
 async def options(state: Path, session: str) -> list[str]:
