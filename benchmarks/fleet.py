@@ -11,11 +11,11 @@ state/ (the gateway's), agents/NAME/, logs/NAME.log. Nothing outlives the proces
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ from benchmarks.processes import Running, Usage, command, descendants, finish, p
 from bmoe.client import Client
 from bmoe.protocol.errors import ConfigError, UnavailableError
 from coordinator.cli.admin import Admin
-from coordinator.embedded.ports import read_ports
+from coordinator.cli.commands import api_url, client_of
 
 GATEWAY = "gateway"
 WORKER = "bmoe.inference.worker"
@@ -94,11 +94,11 @@ class LocalFleet:
     @property
     def url(self) -> str:
         """The inference API's address."""
-        return f"http://127.0.0.1:{read_ports(self.state)['api']}"
+        return api_url(self.state)
 
-    def client(self) -> Client:
+    def client(self, token: str | None = None) -> Client:
         """A new client of the gateway."""
-        return Client(self.url)
+        return client_of(None, self.state, token, None)
 
     async def start(self) -> None:
         """Gateway, joins, agents; returns when all are online. Raises BmoeError with what failed."""
@@ -229,9 +229,9 @@ class LocalFleet:
     async def _ready(self) -> bool:
         def ask() -> bool:
             try:
-                with urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=5) as reply:
-                    return reply.status == 200
-            except (ConfigError, KeyError, OSError):  # no ports.json yet, nobody listens yet, or 503
+                with contextlib.closing(self.client()) as client:
+                    return client.ready()
+            except (ConfigError, UnavailableError):  # no ports.json yet, or nobody listens yet
                 return False
 
         return await asyncio.to_thread(ask)

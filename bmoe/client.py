@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import ssl
 import urllib.parse
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +22,11 @@ from bmoe.protocol.errors import InputError, RefusedError, UnavailableError
 
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
-    "int16": "INT16", "int32": "INT32", "int64": "INT64", "float32": "FP32", "float64": "FP64",
+    "int16": "INT16", "int32": "INT32", "int64": "INT64", "float16": "FP16", "float32": "FP32", "float64": "FP64",
 }  # fmt: skip
 _DTYPES = {v: k for k, v in DATATYPES.items()}
 REPLY_MAX = 256 * 1024 * 1024
+HEAD_LENGTH = "Inference-Header-Content-Length"
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,29 @@ class Answer:
 
 
 class Client:
-    """A connection to one gateway, kept open between calls. Not for several threads at once: make one each."""
+    """A connection to one gateway, kept open between calls. Not for several threads at once: make one each.
 
-    def __init__(self, url: str, timeout_s: float = 60.0) -> None:
+    `token` is an API token (`bmoe api-token create`); `ca` a PEM file with the CA that the gateway's certificate is
+    by, the system's own where none is given.
+    """
+
+    def __init__(
+        self, url: str, timeout_s: float = 60.0, *, token: str | None = None, ca: str | os.PathLike[str] | None = None
+    ) -> None:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise InputError(f"the gateway's URL must be http://HOST:PORT, got {url!r}")
-        self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"the gateway's URL must be http://HOST:PORT or https://HOST:PORT, got {url!r}")
+        self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        if parts.scheme == "http":
+            self._connection = http.client.HTTPConnection(parts.hostname, parts.port or 80, timeout=timeout_s)
+            return
+        try:
+            context = ssl.create_default_context(cafile=None if ca is None else os.fspath(ca))
+        except OSError as error:  # ssl.SSLError is one
+            raise InputError(f"the CA file {ca} cannot be used: {error}") from error
+        self._connection = http.client.HTTPSConnection(
+            parts.hostname, parts.port or 443, timeout=timeout_s, context=context
+        )
 
     def infer(
         self,
@@ -54,18 +73,50 @@ class Client:
         *,
         policy: str | None = None,
         wait: str | None = None,
+        binary: bool = True,
     ) -> Answer:
         """Ask a model. `inputs` maps input names to arrays of the dtype that the model declares.
 
+        Tensors travel as their bytes; with `binary=False` as JSON, which is for people to read.
         Raises InputError when the gateway refuses the request, UnavailableError when it gives no answer.
         """
-        parameters = {k: v for k, v in (("policy", policy), ("wait", wait)) if v is not None}
-        tensors = [_tensor(name, np.asarray(array)) for name, array in inputs.items()]
+        parameters: dict[str, Any] = {k: v for k, v in (("policy", policy), ("wait", wait)) if v is not None}
+        arrays = {name: np.asarray(array) for name, array in inputs.items()}
+        tensors = [_tensor(name, array, binary) for name, array in arrays.items()]
+        headers = {}
+        if binary:
+            parameters["binary_data_output"] = True
         body = json.dumps({"inputs": tensors, "parameters": parameters}).encode()
-        reply = self._json("POST", f"/v2/models/{_quoted(model)}/infer", body)
-        given = reply["parameters"]
-        outputs = {o["name"]: _array(o) for o in reply["outputs"]}
+        if binary:
+            headers[HEAD_LENGTH] = str(len(body))
+            body = b"".join([body, *(_bytes(array) for array in arrays.values())])
+        values, rest = self._answer(f"/v2/models/{_quoted(model)}/infer", body, headers)
+        given = values["parameters"]
+        outputs = {}
+        for output in values["outputs"]:
+            size = output.get("parameters", {}).get("binary_data_size")
+            outputs[output["name"]] = _array(output, None if size is None else rest[:size])
+            rest = rest[size or 0 :]
         return Answer(outputs, given["request"], tuple(given["verdicts"]), given["stage"], given["assurance"], given)
+
+    def _answer(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[dict[str, Any], bytes]:
+        """The JSON of an infer reply, and the bytes behind it."""
+        response, reply = self._call_with_headers("POST", path, body, headers)
+        length = response.headers.get(HEAD_LENGTH)
+        try:
+            head = len(reply) if length is None else int(length)
+            return json.loads(reply[:head]), reply[head:]
+        except ValueError as error:
+            raise UnavailableError(f"the gateway's reply to {path} is not JSON: {error}") from error
+
+    def ready(self) -> bool:
+        """Whether the gateway can answer now; raises UnavailableError when nobody is there."""
+        try:
+            return bool(self._json("GET", "/v2/health/ready")["ready"])
+        except UnavailableError as error:
+            if error.__cause__ is not None:  # nobody listens; a gateway that is not ready says so with a 503
+                raise
+            return False
 
     def metadata(self, model: str) -> dict[str, Any]:
         """The model's inputs, outputs and versions."""
@@ -103,10 +154,13 @@ class Client:
         except ValueError as error:
             raise UnavailableError(f"the gateway's reply to {path} is not JSON: {error}") from error
 
-    def _exchange(self, method: str, path: str, body: bytes | None) -> tuple[http.client.HTTPResponse, bytes]:
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, more: dict[str, str]
+    ) -> tuple[http.client.HTTPResponse, bytes]:
         """One request; once more on a fresh connection if the kept one turns out to have been closed meanwhile."""
         kept = self._connection.sock is not None
-        headers = {"Content-Type": "application/json"} if body else {}
+        kind = "application/octet-stream" if HEAD_LENGTH in more else "application/json"
+        headers = {**self._headers, **more, **({"Content-Type": kind} if body else {})}
         try:
             self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()
@@ -119,14 +173,19 @@ class Client:
         return response, response.read(REPLY_MAX)
 
     def _call(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        return self._call_with_headers(method, path, body, {})[1]
+
+    def _call_with_headers(
+        self, method: str, path: str, body: bytes | None, more: dict[str, str]
+    ) -> tuple[http.client.HTTPResponse, bytes]:
         try:
-            response, reply = self._exchange(method, path, body)
+            response, reply = self._exchange(method, path, body, more)
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             where = f"{self._connection.host}:{self._connection.port}"
             raise UnavailableError(f"gateway {where}: {str(error) or type(error).__name__}") from error
         if response.status == 200:
-            return reply
+            return response, reply
         raise _error(response.status, reply)
 
 
@@ -144,15 +203,25 @@ def _error(status: int, reply: bytes) -> Exception:
     return InputError(message) if status < 500 else UnavailableError(message)
 
 
-def _tensor(name: str, array: np.ndarray) -> dict[str, Any]:
+def _tensor(name: str, array: np.ndarray, binary: bool) -> dict[str, Any]:
     datatype = DATATYPES.get(str(array.dtype))
-    if datatype is None:
-        raise InputError(f"input {name!r}: arrays of {array.dtype} cannot be sent as JSON")
-    return {"name": name, "shape": list(array.shape), "datatype": datatype, "data": array.reshape(-1).tolist()}
+    if datatype is None or (datatype == "FP16" and not binary):
+        raise InputError(f"input {name!r}: arrays of {array.dtype} cannot be sent{'' if binary else ' as JSON'}")
+    described = {"name": name, "shape": list(array.shape), "datatype": datatype}
+    if binary:
+        return {**described, "parameters": {"binary_data_size": array.nbytes}}
+    return {**described, "data": array.reshape(-1).tolist()}
 
 
-def _array(output: Mapping[str, Any]) -> np.ndarray:
-    return np.array(output["data"], dtype=_DTYPES[output["datatype"]]).reshape(output["shape"])
+def _bytes(array: np.ndarray) -> bytes:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+
+
+def _array(output: Mapping[str, Any], binary: bytes | None) -> np.ndarray:
+    dtype = np.dtype(_DTYPES[output["datatype"]])
+    if binary is None:
+        return np.array(output["data"], dtype=dtype).reshape(output["shape"])
+    return np.frombuffer(binary, dtype.newbyteorder("<")).astype(dtype).reshape(output["shape"])
 
 
 def _quoted(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bmoe.ledger.rules.state import State
-from bmoe.protocol.errors import MessageError
+from bmoe.protocol.errors import MessageError, UnknownError
 from bmoe.protocol.messages import ModelRelease
 from coordinator.intake import DATATYPE_OF
 from coordinator.jobs import ServedModel
@@ -20,10 +20,10 @@ class Catalogue:
         return sorted(self._state.models)
 
     def get(self, name: str) -> ServedModel:
-        """A released model; raises MessageError naming those there are."""
+        """A released model; raises UnknownError naming those there are."""
         statement = self._state.models.get(name)
         if statement is None:
-            raise MessageError(
+            raise UnknownError(
                 f"model {name[:64]!r} is not served here; there are: {', '.join(self.names()) or 'none'}"
             )
         return self._served(statement)
@@ -39,6 +39,12 @@ class Catalogue:
         releases = self._state.releases
         gate = releases[statement.gate] if statement.gate else None
         return ServedModel(statement, gate, tuple(releases[d] for d in statement.experts))
+
+    def check_version(self, name: str, version: str | None) -> None:
+        """Raise UnknownError unless the model is served in this version; None is whichever is."""
+        served = self.get(name).statement
+        if version is not None and version != str(served.version):
+            raise UnknownError(f"model {name} version {version[:32]!r} is not served here; {served.version} is")
 
     def metadata(self, name: str) -> dict[str, object]:
         """A model's metadata, as the Open Inference Protocol has it."""

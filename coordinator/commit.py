@@ -88,6 +88,7 @@ class Committer:
             "accepted": decision.accepted,
             "stances": decision.stances,
             "reason": reason[:200],
+            "tenant": job.tenant,
         }
         await self._keep_large(openings)
         entering = self._author.submit([(Verdict, fields)], openings, urgent=False)
@@ -101,7 +102,7 @@ class Committer:
             "task": task, "model": "unknown", "expert": expert, "rows": rows, "input_root": bytes(32),
             "policy": policy.name, "policy_version": policy.version, "assigned": (), "outputs": (), "referee": b"",
             "openings": (), "as_of": as_of, "outcome": "abandoned", "accepted": NOBODY, "stances": "",
-            "reason": "the coordinator restarted before a verdict",
+            "reason": "the coordinator restarted before a verdict", "tenant": "unknown",
         }  # fmt: skip
         return await self._author.enter((Verdict, fields))
 
@@ -128,6 +129,7 @@ class Committer:
             "outputs": tensor_specs(result.tensors),
             "result_root": result.root,
             "result_opening": hashlib.sha256(own).digest(),
+            "tenant": request.tenant,
         }
         await self._keep_large([*openings, own])
         entering = self._author.submit(

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from bmoe.protocol.errors import ConfigError
@@ -26,8 +26,19 @@ class GatewaySettings(BaseSettings):
         0, ge=0, le=65535, description="Broker port for agents; 0 takes a free one and remembers it."
     )
     fleet_port: int = Field(0, ge=0, le=65535, description="HTTPS port for joining and fetching; 0 takes a free one.")
-    api_host: str = Field("127.0.0.1", description="Address that the inference API listens on (plain HTTP).")
+    api_host: str = Field("127.0.0.1", description="Address that the inference API listens on.")
     api_port: int = Field(0, ge=0, le=65535, description="Port of the inference API; 0 takes a free one.")
+    api_tls: Literal["auto", "on", "off"] = Field(
+        "auto", description="TLS on the inference API: on, off, or auto: on unless it listens on loopback alone."
+    )
+    api_certificate: Path | None = Field(
+        None, description="Certificate chain (PEM) for the API's TLS; without it, one by the gateway's own CA."
+    )
+    api_key: Path | None = Field(None, description="Private key (PEM) of `api_certificate`.")
+    api_tokens: Literal["auto", "required"] = Field(
+        "auto",
+        description="Whether clients need a token: required, or auto: once there is one, or beyond loopback.",
+    )
     models: tuple[str, ...] = Field(("wearable",), description="Built-in models, or folders with a model.json.")
     policy: Literal["referee", "quorum", "full", "single"] = Field(
         "referee", description="Policy for requests that name none: referee, quorum, full or single."
@@ -57,6 +68,27 @@ class GatewaySettings(BaseSettings):
     def api_dial_host(self) -> str:
         """Where this machine's own tools reach the API."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.api_host, self.api_host)
+
+    @property
+    def api_on_loopback(self) -> bool:
+        """Whether nobody but this machine can reach the API."""
+        return self.api_host in ("localhost", "::1") or self.api_host.startswith("127.")
+
+    @property
+    def api_scheme(self) -> str:
+        """How the API is spoken to: http or https."""
+        return "https" if self.api_tls == "on" or (self.api_tls == "auto" and not self.api_on_loopback) else "http"
+
+    @property
+    def api_tokens_required(self) -> bool:
+        """Whether a client without a token is refused even while there is no token."""
+        return self.api_tokens == "required" or not self.api_on_loopback
+
+    @model_validator(mode="after")
+    def _certificate_and_key(self) -> GatewaySettings:
+        if (self.api_certificate is None) != (self.api_key is None):
+            raise ValueError("api_certificate and api_key go together")
+        return self
 
     @classmethod
     def settings_customise_sources(

@@ -29,6 +29,7 @@ from bmoe.protocol.messages import Health, Output, Refusal, Status
 from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_request, parse_topic
 from bmoe.storage.evidence import EvidenceReader, EvidenceStore
 from coordinator.answer import Answerer
+from coordinator.api_tokens import Access
 from coordinator.catalogue import Catalogue
 from coordinator.commit import Committer, answer_rows_max
 from coordinator.config import GatewaySettings
@@ -39,13 +40,14 @@ from coordinator.finality import Finality
 from coordinator.fleet import Fleet
 from coordinator.gate import Gate
 from coordinator.intake import take_in
-from coordinator.jobs import Answered, Job
+from coordinator.jobs import Answered, Job, Request
 from coordinator.journal import Journal
 from coordinator.receive import open_from, signed_by
 from coordinator.recover import Recovery
 from coordinator.referee import Referee
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
+from coordinator.tenants import Quotas
 
 log = structlog.get_logger("gateway")
 NAME = "coordinator"
@@ -54,6 +56,8 @@ FINAL_TIMEOUT_S = 30.0
 RECEIPT_TIMEOUT_S = 10.0
 AGENTS_WAIT_S = 3.0
 AGENTS_LOOK_S = 0.05
+# JSON as large as this would hold up everybody else while it is parsed.
+LARGE_BYTES = 256 * 1024
 
 
 class Gateway:
@@ -77,6 +81,8 @@ class Gateway:
             key=layout.key(NAME),
         )
         self.link = Link(link, on_message=self._on_message, on_up=self._on_up, on_down=self._on_down)
+        self.access = Access(layout.api_tokens, settings.api_tokens_required)
+        self.quotas = Quotas()
         self.finality = Finality(self.state)
         self.catalogue = Catalogue(self.state)
         self.fleet = Fleet(self.state, layout.fleet)
@@ -165,14 +171,22 @@ class Gateway:
         await self.journal.close()
         self.fleet.save_view(self.fleet.table())
 
-    async def infer(self, name: str, body: bytes, tenant: str, reply_to: str = "") -> Answered:
+    async def infer(
+        self, name: str, body: bytes, tenant: str, head_bytes: int | None = None, reply_to: str = ""
+    ) -> Answered:
         """Answer one request; raises InputError for a bad one, UnavailableError when it cannot be served now.
 
-        `reply_to` names a device that is told of the outcome on its topic, after a crash as well. See mqtt_history.
+        `head_bytes` is the length of the body's JSON head where binary tensors follow it. `reply_to` names a device that
+        is told of the outcome on its topic, after a crash as well. See mqtt_history.
         """
         model = self.catalogue.get(name)
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
-        request = take_in(body, model, tenant, self.settings.policy, rows_max)
+        policy = self.settings.policy
+
+        def take() -> Request:
+            return take_in(body, model, tenant, policy, rows_max, head_bytes=head_bytes)
+
+        request = take() if (head_bytes or len(body)) <= LARGE_BYTES else await asyncio.to_thread(take)
         return await self.answerer.answer(replace(request, reply_to=reply_to) if reply_to else request)
 
     def take_requests(self, handler: Callable[[str, str, bytes], None]) -> None:

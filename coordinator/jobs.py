@@ -51,6 +51,7 @@ class Request:
     outputs: tuple[str, ...] = ()
     salt: bytes = field(default_factory=lambda: os.urandom(SALT_BYTES))  # of the commitment to its inputs
     reply_to: str = ""  # the device that waits for the answer elsewhere than on a connection of its own
+    binary: frozenset[str] = frozenset()  # outputs wanted as binary data
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,11 @@ class Job:
     def task(self) -> bytes:
         """The task id."""
         return self.binding.task
+
+    @property
+    def tenant(self) -> str:
+        """Who asks: tasks are shared within a tenant alone."""
+        return self.calls[0].tenant
 
 
 def new_task_id() -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import ssl
 import sys
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import structlog
 import uvloop
 
 from bmoe.protocol.collector import keep_what_is_loaded
-from bmoe.protocol.errors import BmoeError
+from bmoe.protocol.errors import BmoeError, ConfigError
 from coordinator.api import build_api, take_mqtt_requests
-from coordinator.config import load_settings
+from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
 from coordinator.gateway import Gateway
+from coordinator.identity.infrastructure import SERVER
 from coordinator.logs import set_up_logs
 from coordinator.serving import serving
+from coordinator.state_layout import StateLayout
 
 log = structlog.get_logger("service")
 
@@ -38,7 +41,11 @@ async def serve(state: Path) -> None:
     try:
         api = build_api(gateway)
         async with serving(
-            api, settings.api_host, ports["api"], connections_max=settings.requests_waiting + 64
+            api,
+            settings.api_host,
+            ports["api"],
+            connections_max=settings.requests_waiting + 64,
+            context=api_tls(settings),
         ) as port:
             keep_what_is_loaded()
             notify_ready(port=port)
@@ -49,6 +56,22 @@ async def serve(state: Path) -> None:
         await gateway.stop()
     if gateway.dead.done():
         gateway.dead.result()
+
+
+def api_tls(settings: GatewaySettings) -> ssl.SSLContext | None:
+    """The API's TLS, None where it is spoken to in the clear. Raises ConfigError for files that cannot be used."""
+    if settings.api_scheme == "http":
+        return None
+    layout = StateLayout(settings.state)
+    certificate = settings.api_certificate or layout.certificate(SERVER)
+    key = settings.api_key or layout.key(SERVER)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        raise ConfigError(f"TLS files {certificate}, {key} cannot be used: {error}") from error
+    return context
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -55,6 +55,11 @@ class StateLayout:
         return self.root / "coordinator" / "fleet.json"
 
     @property
+    def api_tokens(self) -> Path:
+        """The API tokens, as digests, with what each may do."""
+        return self.root / "coordinator" / "api_tokens.json"
+
+    @property
     def evidence(self) -> Path:
         """Inputs and large outputs, for re-execution."""
         return self.root / "evidence" / "evidence.db"
@@ -82,6 +87,13 @@ class StateLayout:
             return "127.0.0.1"
         except (ValueError, TypeError) as error:
             raise ConfigError(f"{self.reach} is damaged: bring the gateway up again to write it anew") from error
+
+    def api_tls(self) -> bool:
+        """Whether the API that was last brought up speaks TLS."""
+        try:
+            return self.dial("api_scheme") == "https"
+        except ConfigError:
+            return False
 
     def validator(self, name: str) -> Path:
         """A validator's folder."""

@@ -70,13 +70,18 @@ async def _run(settings: GatewaySettings, say: Callable[[str], None]) -> None:
 async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping: asyncio.Future[None]) -> None:
     layout = StateLayout(settings.state)
     async with Supervisor(settings.state, _tell) as supervisor:
-        identity = prepare_identity(settings.state, VALIDATORS, (settings.host, *settings.public_hosts))
+        identity = prepare_identity(
+            settings.state, VALIDATORS, (settings.host, settings.api_host, *settings.public_hosts)
+        )
         prepare_trust(layout, identity.registrar.public_key)
         write_durably(
-            layout.reach, json.dumps({"host": settings.dial_host, "api_host": settings.api_dial_host}).encode()
+            layout.reach,
+            json.dumps(
+                {"host": settings.dial_host, "api_host": settings.api_dial_host, "api_scheme": settings.api_scheme}
+            ).encode(),
         )
         ports = await start_gateway(settings, layout, identity, supervisor)
-        say(f"gateway is up: API http://{settings.api_host}:{ports['api']}  state {settings.state}")
+        say(f"gateway is up: API {settings.api_scheme}://{settings.api_host}:{ports['api']}  state {settings.state}")
         say(f"a token for a board: bmoe token create --owner NAME --state {settings.state}")
         await stopping
         say("stopping")
@@ -182,6 +187,8 @@ def _child(settings: GatewaySettings, name: str, arguments: tuple[str, ...]) -> 
     environment = dict(CHILD_ENVIRONMENT)
     for field in GatewaySettings.model_fields:
         value = getattr(settings, field)
+        if value is None:
+            continue
         environment[f"BMOE_{field.upper()}"] = _spelled(value)
     return Child(
         name=name,

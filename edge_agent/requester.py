@@ -83,4 +83,6 @@ def _judged(reply: dict[str, Any]) -> dict[str, Any]:
     status, text = reply.get("status"), " ".join(str(error).split())[:300]
     if status in PASSING:
         raise UnavailableError(f"{text} ({status})")
-    raise RefusedError(f"{text} ({status})") if status in (401, 403) else InputError(f"{text} ({status})")
+    if status in (401, 403):
+        raise RefusedError(f"{text} ({status})")
+    raise InputError(f"{text} ({status})")

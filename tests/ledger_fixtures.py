@@ -314,6 +314,7 @@ class Fleet:
             "accepted": accepted if outcome == "accepted" else NOBODY,
             "stances": stances,
             "reason": "",
+            "tenant": "public",
         }
         return Verdict, {**fields, **changes}
 
@@ -356,6 +357,7 @@ class Fleet:
             "outputs": tensor_specs(tensors),
             "result_root": commit_rows("", salt, tensors, 1),
             "result_opening": digest_of(opening_of(salt, tensors)),
+            "tenant": "public",
         }
         return (Answer, {**fields, **changes}), opening_of(salt, tensors), result
 

@@ -117,6 +117,7 @@ def _verdict(verdict: AuditedVerdict) -> dict[str, Any]:
         "leaf": verdict.index,
         "expert": entry.expert.hex(),
         "rows": entry.rows,
+        "tenant": entry.tenant,
         "policy": f"{entry.policy} {entry.policy_version}",
         "outcome": entry.outcome,
         "accepted_from": verdict.accepted_from or None,

@@ -8,8 +8,12 @@ BmoeError
 |   +-- MessageError       a well-signed message whose fields are not allowed
 |   +-- ProofError         a Merkle proof, note, checkpoint or receipt that does not verify
 |   +-- ManifestError      a model manifest that is not true or not allowed
-|   `-- ModelError         a model file that cannot be loaded or served
+|   +-- ModelError         a model file that cannot be loaded or served
+|   +-- UnknownError       it names something that is not here
+|   `-- LimitError         it is larger than what is taken
 +-- RefusedError           well-formed, but the peer may not do this (identity, standing, replay)
+|   +-- AuthenticationError  nobody knows who asks
+|   `-- QuotaError         the peer may do this, but not so much of it: later
 +-- InferenceError         an expert failed on a valid task (crash, time, memory)
 +-- LedgerError            the ledger engine or a replica failed
 |   `-- LedgerForkError    a stream position changed or is missing: evidence, never healed silently
@@ -55,8 +59,28 @@ class ModelError(InputError):
     """A model file that cannot be loaded or served."""
 
 
+class UnknownError(InputError):
+    """A request that names something that is not here."""
+
+
+class LimitError(InputError):
+    """A request larger than what is taken."""
+
+
 class RefusedError(BmoeError):
     """A well-formed request that the peer may not make."""
+
+
+class AuthenticationError(RefusedError):
+    """A request by nobody that we know."""
+
+
+class QuotaError(RefusedError):
+    """A request beyond what its tenant may have; `retry_s` is how many seconds to wait."""
+
+    def __init__(self, message: str, retry_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_s = retry_s
 
 
 class InferenceError(BmoeError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from rich.table import Table
 from bmoe import __version__
 from bmoe.client import Client
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
+from coordinator.api_tokens import TokenFile
 from coordinator.cli.admin import Admin
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
@@ -28,12 +30,16 @@ app = typer.Typer(
 )
 token_app = typer.Typer(help="One-time tokens with which boards join.", no_args_is_help=True)
 device_app = typer.Typer(help="Enrolled devices.", no_args_is_help=True)
+api_token_app = typer.Typer(help="Bearer tokens with which clients ask the API.", no_args_is_help=True)
 app.add_typer(token_app, name="token")
+app.add_typer(api_token_app, name="api-token")
 app.add_typer(device_app, name="device")
 out = Console()
 
 State = Annotated[Path, typer.Option(help="The gateway's state directory.", envvar="BMOE_STATE")]
 Url = Annotated[str | None, typer.Option(help="The gateway's API; read from the state directory when not given.")]
+Token = Annotated[str | None, typer.Option(help="API token, where the gateway wants one.", envvar="BMOE_API_TOKEN")]
+Ca = Annotated[Path | None, typer.Option(help="PEM file of the CA that the gateway's certificate is by.")]
 DEFAULT_STATE = Path("./state")
 
 
@@ -84,6 +90,8 @@ def infer(
     model: Annotated[str, typer.Argument(help="Model name.")],
     input_file: Annotated[Path, typer.Argument(help="A .npy (single input), .npz, or JSON infer body; - for stdin.")],
     url: Url = None,
+    token: Token = None,
+    ca: Ca = None,
     state: State = DEFAULT_STATE,
     policy: Annotated[str | None, typer.Option(help="referee, quorum, full or single.")] = None,
     wait: Annotated[str | None, typer.Option(help="decided, committed or final.")] = None,
@@ -92,7 +100,7 @@ def infer(
     """Ask a model and print the verified answer as JSON."""
     from coordinator.cli.inputs import read_inputs
 
-    client = Client(url or api_url(state))
+    client = client_of(url, state, token, ca)
     inputs = read_inputs(input_file, client, model)
     answer = client.infer(model, inputs, policy=policy, wait=wait)
     outputs = {name: array.tolist() for name, array in answer.outputs.items()}
@@ -107,19 +115,21 @@ def receipt(
     file: Annotated[Path, typer.Argument(help="Where to write it.")],
     verdict: Annotated[bool, typer.Option(help="The id is a verdict's.")] = False,
     url: Url = None,
+    token: Token = None,
+    ca: Ca = None,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Fetch a receipt; check it anywhere with `bmoe audit FILE --trust trust.json`."""
-    client = Client(url or api_url(state))
+    client = client_of(url, state, token, ca)
     file.write_bytes(client.verdict_receipt(identity) if verdict else client.receipt(identity))
     out.print(f"wrote {file}")
 
 
 @app.command()
-def fleet(url: Url = None, state: State = DEFAULT_STATE) -> None:
+def fleet(url: Url = None, token: Token = None, ca: Ca = None, state: State = DEFAULT_STATE) -> None:
     """The fleet: who is online, in what standing."""
     table = Table("agent", "owner", "standing", "online", "clean", "refutations", "board")
-    for row in Client(url or api_url(state)).fleet():
+    for row in client_of(url, state, token, ca).fleet():
         values = (row["agent"], row["owner"], row["standing"], "yes" if row["online"] else "no")
         table.add_row(*values, str(row["clean"]), str(row["refutations"]), str(row.get("board", "")))
     out.print(table)
@@ -136,6 +146,44 @@ def token_create(
     """Print a token for `bmoe-agent join TOKEN`. It enrols one device, once."""
     body = {"name": name, "owner": owner, "batch": batch, "ttl_s": int(hours * 3600)}
     print(Admin(state).call("POST", "/v1/admin/tokens", body)["token"])
+
+
+@api_token_app.command("create")
+def api_token_create(
+    tenant: Annotated[str, typer.Option(help="Who asks with it; stands in every verdict and answer made for it.")],
+    model: Annotated[list[str] | None, typer.Option(help="Allowed model; may be repeated. Default: all.")] = None,
+    rate: Annotated[float, typer.Option(min=0, help="Requests a second; 0 is without limit.")] = 0.0,
+    burst: Annotated[int, typer.Option(min=0, help="Requests at once beyond the rate; 0: a second's worth.")] = 0,
+    concurrent: Annotated[int, typer.Option(min=0, help="Requests in work at once; 0 is without limit.")] = 0,
+    days: Annotated[float, typer.Option(min=0.001, max=3650, help="How long it may be used.")] = 365.0,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Print a new API token. It is shown once: only its digest is kept. It counts within a second."""
+    models = tuple(model) if model else None
+    tokens = TokenFile(StateLayout(state).api_tokens)
+    print(tokens.create(tenant, models=models, rate=rate, burst=burst, concurrent=concurrent, days=days))
+
+
+@api_token_app.command("list")
+def api_token_list(state: State = DEFAULT_STATE) -> None:
+    """API tokens: ids, tenants and limits."""
+    _table([
+        {
+            "id": t.id, "tenant": t.tenant, "models": "all" if t.models is None else ", ".join(t.models),
+            "rate": t.rate or "", "burst": t.burst or "", "concurrent": t.concurrent or "",
+            "expires": time.strftime("%Y-%m-%d", time.gmtime(t.expires_ms / 1000)),
+        }
+        for t in TokenFile(StateLayout(state).api_tokens).read()
+    ])  # fmt: skip
+
+
+@api_token_app.command("revoke")
+def api_token_revoke(
+    identity: Annotated[str, typer.Argument(help="The token's id, from the list.")], state: State = DEFAULT_STATE
+) -> None:
+    """Take an API token back; it counts within a second."""
+    TokenFile(StateLayout(state).api_tokens).revoke(identity)
+    out.print(f"API token {identity} is revoked")
 
 
 @token_app.command("list")
@@ -179,7 +227,15 @@ def api_url(state: Path) -> str:
     if port is None:
         raise ConfigError(f"{state} knows of no API port: bring the gateway up first (bmoe up), or give --url")
     host = StateLayout(state).dial("api_host")
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    scheme = "https" if StateLayout(state).api_tls() else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def client_of(url: str | None, state: Path, token: str | None, ca: Path | None) -> Client:
+    """A client of the gateway at `url`, or of the one on the state directory, which says itself whom to trust."""
+    own_ca = StateLayout(state).ca
+    given = ca or (own_ca if url is None and own_ca.exists() else None)
+    return Client(api_url(state) if url is None else url, token=token, ca=given)
 
 
 def _table(rows: list[dict[str, Any]]) -> None:

@@ -118,7 +118,7 @@ BAD: list[tuple[str, Callable[[], bytes], int, str]] = [
     ("an unknown wait", lambda: json.dumps(body(WINDOW, parameters={"wait": "ever"})).encode(), 400, "wait"),
     ("too many rows", lambda: json.dumps(body(np.zeros((257, 6, 100), np.float32))).encode(), 400, "256"),
     ("no rows", lambda: json.dumps(body(np.zeros((0, 6, 100), np.float32))).encode(), 400, "rows"),
-    ("too large", lambda: b" " * (16 * 1024 * 1024 + 1), 400, "exceeds"),
+    ("too large", lambda: b" " * (16 * 1024 * 1024 + 1), 413, "at most 16777216 are taken"),
 ]  # fmt: skip
 
 

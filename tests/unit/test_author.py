@@ -138,7 +138,7 @@ def _huge() -> tuple[type[Answer], dict[str, Any]]:
     return Answer, {
         "request": bytes(16), "model": "toy", "version": 1, "gate": b"", "request_root": digest, "rows": 4096, "top_k": 2,
         "experts": blob, "weights": blob, "tasks": (), "task_index": blob, "task_rows": blob, "openings": (),
-        "outputs": (), "result_root": digest, "result_opening": digest,
+        "outputs": (), "result_root": digest, "result_opening": digest, "tenant": "public",
     }  # fmt: skip
 
 

@@ -22,14 +22,17 @@ ALLOWED = {
     ("bmoe/ledger/rules/policies/ballot.py", "ValueError"): "our own mistake, and what rules raise becomes a rejection",
     ("bmoe/ledger/rules/trust.py", "ValueError"): "a hook of json, made a ProofError",
     ("bmoe/storage/strict_json.py", "ValueError"): "a hook of json, made a ManifestError",
+    ("coordinator/api_tokens.py", "ValueError"): "made a ConfigError in the same file",
+    ("coordinator/config.py", "ValueError"): "pydantic's way to refuse settings, made a ConfigError there",
     ("coordinator/cli/commands.py", "Exit"): "typer's own way out",
     ("coordinator/embedded/ledger_stream.py", "AssertionError"): "unreachable",
     (
         "coordinator/embedded/ready.py",
         "ValueError",
     ): "our own facts too long; a child's line is made an UnavailableError",
-    ("edge_agent/outbox.py", "DatabaseError"): "sqlite's word for a damaged file, caught there",
-    ("edge_agent/outbox.py", "OperationalError"): "sqlite's word for an unknown version, caught there",
+    ("edge_agent/source_folder.py", "PermissionError"): "an OSError like any other there, caught in the same function",
+    ("edge_agent/database.py", "DatabaseError"): "sqlite's word for a damaged file, caught there",
+    ("edge_agent/database.py", "OperationalError"): "sqlite's word for an unknown version, caught there",
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmoe.ledger.rules.state import State
-from bmoe.protocol.errors import InputError, MessageError
+from bmoe.protocol.errors import InputError, MessageError, UnknownError
 from bmoe.protocol.messages import ModelRelease, Release
 from coordinator.catalogue import Catalogue
 from coordinator.intake import DATATYPES, take_in
@@ -238,5 +238,5 @@ def test_the_catalogue_serves_what_is_released_now() -> None:
     assert catalogue.get("toy").experts == (newer,), "an expert released anew is judged by its new tolerance at once"
     described = catalogue.metadata("toy")
     assert described["inputs"] == [{"name": "x", "datatype": "FP16", "shape": [-1, 2]}]
-    with pytest.raises(MessageError, match="'other' is not served here; there are: toy"):
+    with pytest.raises(UnknownError, match="'other' is not served here; there are: toy"):
         catalogue.get("other")

@@ -104,6 +104,8 @@ def _release_of(state: State, entry: Answer, task: bytes, digest: bytes) -> Rele
     closed = state.closed.get(task)
     if closed is None or closed.outcome != "accepted":
         raise MessageError(f"task {task.hex()} has no accepting verdict")
+    if closed.tenant != entry.tenant:
+        raise MessageError(f"task {task.hex()} was of another tenant than {entry.tenant}")
     if closed.opening != digest:
         raise MessageError(f"task {task.hex()} accepted another value")
     return state.releases[closed.binding.expert]

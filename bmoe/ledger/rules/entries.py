@@ -131,6 +131,7 @@ class Opened(Entry):
 class Verdict(Entry):
     """What was decided over the outputs of one task, and by which policy; recomputed by every validator.
 
+    `tenant` is who asked: an answer rests on verdicts of its own tenant alone.
     `openings` names, for each output and then for the referee's, the attachment that opens its commitment.
     `accepted` is an index into `outputs`, or BY_REFEREE, or NOBODY. `stances` has one letter an output.
     """
@@ -153,6 +154,7 @@ class Verdict(Entry):
     accepted: int = uint(20, 255)
     stances: str = text(21, MAX_OUTPUTS)
     reason: str = text(22)
+    tenant: str = name(23)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,6 +183,7 @@ class Answer(Entry):
     outputs: tuple[Any, ...] = array(20, is_tensor_spec, 64, "[name, dtype, dims]")
     result_root: bytes = octets(21, 32)
     result_opening: bytes = octets(22, 32)
+    tenant: str = name(23)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

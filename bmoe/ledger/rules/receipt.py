@@ -161,6 +161,8 @@ def _supports(receipt: Receipt, entry: Verdict | Answer, trust: Trust) -> list[t
             raise ProofError(f"the verdict at {support.index} was entered after the answer at {receipt.index}")
         assert isinstance(verdict, Verdict)
         found.append((support.index, verdict))
+    if any(v.tenant != entry.tenant for _, v in found):
+        raise ProofError(f"the answer is of tenant {entry.tenant}, a verdict that it rests on is not")
     if tuple(v.task for _, v in found) != entry.tasks:
         raise ProofError(f"the answer names {len(entry.tasks)} verdicts, the receipt's {len(found)} are not they")
     return found

@@ -59,6 +59,7 @@ class Closed:
     outputs: dict[str, str]
     reexecuted: bool
     suspects: tuple[str, ...]
+    tenant: str
 
 
 @dataclass(frozen=True)

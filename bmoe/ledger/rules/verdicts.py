@@ -155,6 +155,7 @@ def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
         outputs=dict(zip(authors, entry.stances, strict=True)),
         reexecuted=by_referee,
         suspects=contradicted,
+        tenant=entry.tenant,
     )
     for agent in contradicted:
         state.claims.setdefault((entry.task, agent), set())
