@@ -91,8 +91,8 @@ class Collection:
         referee = self.referee.candidate if self.referee else None
         return Ballot(votes, referee, len(self.assigned), self.tolerances, closed)
 
-    def step(self, ballot: Ballot, now: float) -> Step:
-        """The next thing to do."""
+    def step(self, ballot: Ballot, now: float, may_hedge: Callable[[], bool] = lambda: True) -> Step:
+        """The next thing to do. `may_hedge` is asked, and takes its toll, when somebody is silent for too long."""
         decision = self.policy.decide(ballot)
         if decision.accepted != NOBODY:
             return Step(Do.CLOSE, decision=decision)
@@ -111,6 +111,9 @@ class Collection:
             return Step(
                 Do.WAIT, until=self.deadline if self.hedges >= HEDGES_MAX else min(self.hedge_at, self.deadline)
             )
+        if not may_hedge():
+            self.hedge_at = now + self.hedge_s
+            return Step(Do.WAIT, until=min(self.hedge_at, self.deadline))
         self.hedges += 1
         self.hedge_at = now + self.hedge_s * 2**self.hedges
         # The baseline asks everybody once, so there is nobody to hedge to; and a lost message is sent again.

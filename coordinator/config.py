@@ -49,7 +49,7 @@ class GatewaySettings(BaseSettings):
         le=1000,
         description="How long a call waits at most for a task of its kind under way, to share the next.",
     )
-    batch_rows: int = Field(64, ge=1, le=1024, description="Most rows in one task.")
+    batch_rows: int = Field(128, ge=1, le=1024, description="Most rows in one task.")
     request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")
     body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body.")
     requests_waiting: int = Field(1024, ge=1, description="Requests in work at once; more are refused with 503.")

@@ -32,6 +32,8 @@ from coordinator.route import choose_agents
 log = structlog.get_logger("decide")
 COORDINATOR = "coordinator"
 FIRST_HEDGE_S = 1.0  # while nobody knows yet how long an expert takes; boards may still have to fetch it
+HEDGED_SHARE = 0.1
+HEDGES_AT_ONCE = 20.0
 STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
 
 
@@ -42,6 +44,27 @@ class Timing:
     task_s: float
     hedge_min_s: float
     referee_s: float
+
+
+@dataclass
+class HedgeBudget:
+    """Hedges are a share of the tasks and no more: a fleet that is slow because it is busy must not be asked twice.
+
+    Source: Dean and Barroso, "The Tail at Scale", CACM 56(2), 2013.
+    """
+
+    credit: float = HEDGES_AT_ONCE
+
+    def earn(self) -> None:
+        """A task has begun."""
+        self.credit = min(HEDGES_AT_ONCE, self.credit + HEDGED_SHARE)
+
+    def take(self) -> bool:
+        """Whether one more agent may be asked now."""
+        if self.credit < 1:
+            return False
+        self.credit -= 1
+        return True
 
 
 @dataclass
@@ -71,6 +94,7 @@ class Decider:
         self._spawn = spawn
         self._random = random.SystemRandom()
         self._running: dict[bytes, _Running] = {}
+        self._hedging = HedgeBudget()
         self.tally = Tally()
         self.late = Latecomers(state, fleet, committer, spawn, self.tally)
 
@@ -130,6 +154,7 @@ class Decider:
         deadline = time.monotonic() + self._timing.task_s
         running = _Running(job, Collection(policy, tolerances_of(job.expert), deadline, hedge_s))
         self._running[job.task] = running
+        self._hedging.earn()
         self.tally.tasks += 1
         try:
             await self._committer.opened(job)
@@ -160,7 +185,7 @@ class Decider:
                     self._fleet.unanswered(agent)
             as_of = self._state.size
             ballot = collection.ballot(self._state.standing, lambda a: self._state.members[a].owner, now)
-            step = collection.step(ballot, now)
+            step = collection.step(ballot, now, self._hedging.take)
             if step.do is Do.CLOSE and step.decision is not None:
                 return step.decision, as_of
             if step.do is Do.ASK:
@@ -295,7 +320,9 @@ def _fail(job: Job, error: Exception) -> None:
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Wait for the event, which is set when the time is up as well: cheaper than a task of its own for each wait."""
+    timer = asyncio.get_running_loop().call_later(max(0.0, seconds), event.set)
     try:
-        await asyncio.wait_for(event.wait(), max(0.0, seconds))
-    except asyncio.TimeoutError:
-        pass
+        await event.wait()
+    finally:
+        timer.cancel()

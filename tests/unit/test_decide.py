@@ -20,7 +20,7 @@ from bmoe.protocol.messages import MAX_TENSORS, Output, open_message, seal_messa
 from bmoe.protocol.tensors import Tensor
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.commit import Committer
-from coordinator.decide import Decider, Timing
+from coordinator.decide import Decider, HedgeBudget, Timing
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet as View
 from coordinator.jobs import Call, Job
@@ -129,3 +129,12 @@ async def test_an_output_too_large_for_a_verdict_is_refused_and_another_agent_is
     verdict = parse_entry(site.applied[-1].leaves[0])
     assert isinstance(verdict, Verdict) and verdict.outcome == "accepted" and len(verdict.outputs) == 2
     assert site.decider.tally.refused_outputs == 1 and not site.ledger.state.authors["coordinator"].fenced
+
+
+def test_hedges_are_a_share_of_the_tasks_so_that_a_busy_fleet_is_not_asked_twice() -> None:
+    """Once every task of an overloaded fleet was asked again, which doubled the load that made it slow."""
+    budget = HedgeBudget()
+    assert [budget.take() for _ in range(25)].count(True) == 20
+    for _ in range(100):
+        budget.earn()
+    assert [budget.take() for _ in range(100)].count(True) in (9, 10), "a tenth of a hundred tasks"

@@ -177,13 +177,18 @@ class Frontier:
 
 
 def merkle_root(leaves: Sequence[bytes]) -> bytes:
-    """The root over leaf contents held in memory, such as the rows of one task.
+    """The root over leaf contents held in memory."""
+    return root_over([leaf_hash(leaf) for leaf in leaves])
+
+
+def root_over(hashes: Sequence[bytes]) -> bytes:
+    """The root over leaf hashes.
 
     Level by level: a node without a sibling is carried up, which gives the tree of RFC 9162, section 2.1.1.
     """
-    if not leaves:
+    if not hashes:
         return EMPTY_ROOT
-    level = [leaf_hash(leaf) for leaf in leaves]
+    level = list(hashes)
     while len(level) > 1:
         lone = level[len(level) & ~1 :]
         level = [node_hash(left, right) for left, right in zip(level[::2], level[1::2], strict=False)] + lone
