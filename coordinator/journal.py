@@ -54,7 +54,6 @@ CREATE TABLE request (
     outcome BLOB
 );
 CREATE INDEX request_settled ON request (settled_ms, size) WHERE settled_ms IS NOT NULL;
-CREATE INDEX request_pending ON request (received_ms) WHERE settled_ms IS NULL;
 CREATE INDEX request_client ON request (tenant, client_id) WHERE client_id <> '';
 CREATE TABLE promised (id BLOB PRIMARY KEY, entry BLOB NOT NULL);
 CREATE TABLE verdict (task BLOB PRIMARY KEY, entry BLOB NOT NULL);

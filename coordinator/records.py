@@ -34,15 +34,15 @@ class Submission:
 
     def to_bytes(self) -> bytes:
         """One byte string for the head, one for each attachment."""
-        head = encode([[list(pair) for pair in self.fields.items()], list(self.elsewhere)])
+        head = encode([[part for pair in self.fields.items() for part in pair], list(self.elsewhere)])
         return bstr(head) + b"".join(map(bstr, self.attachments))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Submission:
         """The same again."""
         head, *attachments = read_bstrs(data, 0, ATTACHMENTS_MAX)
-        pairs, elsewhere = decode(head, 1024 * 1024)
-        return cls(dict(pairs), tuple(attachments), elsewhere)
+        flat, elsewhere = decode(head, 1024 * 1024)
+        return cls(dict(zip(flat[::2], flat[1::2], strict=True)), tuple(attachments), elsewhere)
 
 
 def pack_request(request: Request) -> bytes:

@@ -18,7 +18,7 @@ from bmoe.protocol.errors import ConfigError, UnavailableError
 
 # One statement for several rows of values.
 Op = tuple[str, Sequence[Sequence[Any]]]
-LINGER_S = 0.05
+LINGER_S = 0.25
 T = TypeVar("T")
 
 
