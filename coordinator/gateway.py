@@ -100,6 +100,7 @@ class Gateway:
         reader = EvidenceReader(layout.evidence)
         self.recovery = Recovery(self.journal, self.state, self.catalogue, reader)
         self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
+        self._author.on_overtaken = self._die
         self._follower = Follower(
             self._stream, self.state, recompute=False, on_applied=self._on_applied, own=self._author.wrote
         )
@@ -299,9 +300,14 @@ class Gateway:
                 log.warning("refuted", member=event.facts["member"], task=event.facts["task"].hex())
 
     def _on_follower_end(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and not self.dead.done():
+        if not task.cancelled():
             error = task.exception() or UnavailableError("the ledger follower ended")
             log.critical("ledger_follower_ended", error=str(error))
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        """End the process, to be started again: only reading the whole ledger anew can help."""
+        if not self.dead.done():
             self.dead.set_exception(error)
 
     def _on_message(self, topic: str, payload: bytes) -> None:

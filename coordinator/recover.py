@@ -156,7 +156,7 @@ class Recovery:
             reason = "internal error"
         if answered is None:
             self._journal.failed(row.id, reason)
-        log.info("request_finished", request=row.id.hex(), attempts=row.attempts + 1, failed=reason)
+        log.info("request_finished", request=row.id.hex(), attempts=row.attempts, failed=reason)
         settled = await self._journal.row(row.id)
         if settled is not None and settled.reply_to:
             self._tell(settled)

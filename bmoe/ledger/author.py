@@ -71,6 +71,9 @@ class FrameAuthor:
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
         self._written: deque[bytes] = deque(maxlen=WRITTEN_KEPT)
+        # Called when a frame that we did not know of came in between, such as a late one of a run before: no frame of
+        # ours can follow until we have read the ledger anew.
+        self.on_overtaken: Callable[[BmoeError], None] | None = None
 
     def wrote(self, digest: bytes) -> bool:
         """Whether we signed the frame of that digest a moment ago."""
@@ -193,6 +196,8 @@ class FrameAuthor:
         except BmoeError as error:
             for waiting in group:
                 _fail(waiting, error)
+            if self.on_overtaken is not None:
+                self.on_overtaken(error)
             return
         self._seq, self._previous, self._position = self._seq + 1, digest, position
         for waiting in group:

@@ -34,8 +34,8 @@ IN_SERVICE = ("probation", "trusted")
 BACK_WITHIN_S = 45.0
 ORDER = "kill-at"
 STAGES = (
-    "accepted", "opened", "dispatching", "output received", "decided", "verdict submitted", "verdict on the ledger",
-    "answer submitted", "promised", "answer on the ledger", "entered",
+    "accepted", "opened", "dispatching", "output received", "decided", "verdict submitted", "answer submitted",
+    "promised", "answer on the ledger",
 )  # fmt: skip
 
 

@@ -122,6 +122,8 @@ async def test_a_restart_goes_on_where_the_ledger_stands_not_where_memory_did() 
 async def test_two_processes_with_one_key_cannot_fork_the_chain() -> None:
     engine = Engine()
     one, two = _author(engine), _author(engine)
+    overtaken: list[BmoeError] = []
+    two.on_overtaken = overtaken.append
     await one.start()
     await two.start()
     await one.enter(_tick(1))
@@ -131,6 +133,7 @@ async def test_two_processes_with_one_key_cannot_fork_the_chain() -> None:
     assert await one.enter(_tick(3)) == 2
     await asyncio.gather(one.stop(), two.stop())
     assert engine.sizes() == [[1], [3]]
+    assert len(overtaken) == 2, "whoever owns it must hear of it: only a new start can help"
 
 
 def _huge() -> tuple[type[Answer], dict[str, Any]]:

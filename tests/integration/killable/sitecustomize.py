@@ -68,7 +68,6 @@ def arm() -> None:
     after(Committer, "verdict", "verdict submitted")
     after(Committer, "answer", "answer submitted")
     after(Journal, "promised", "promised")
-    before(Journal, "answered", "entered")
     append, holding = LedgerStream.append, False
 
     async def append_or_die(self: LedgerStream, name: str, data: bytes, *rest: Any) -> int:
@@ -80,8 +79,6 @@ def arm() -> None:
         if holding:
             await asyncio.Event().wait()
         position = await append(self, name, data, *rest)
-        if "Verdict" in kinds:
-            reached("verdict on the ledger")
         if "Answer" in kinds:
             reached("answer on the ledger")
         return position
