@@ -21,7 +21,7 @@ from bmoe.protocol.errors import BmoeError, UnavailableError
 
 MODEL, INPUT, SHAPE = "wearable", "window", (1, 6, 100)
 CALL_S = 20.0  # the client's own patience: a call that takes so long is a call that hangs
-PAUSE_S = 0.1  # of a client between two calls
+PAUSE_S = 0.02  # of a client between two calls: about as long as a call, so that calls of several clients overlap
 POLL_S = 0.05  # where another process's state tells by no event
 MARKS = {
     "coordinator": "coordinator.service",

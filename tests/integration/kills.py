@@ -104,7 +104,11 @@ class Kills:
             assert [task.hex() for task in entry.tasks] == response["parameters"]["verdicts"]
             assert all(facts.verdicts[task].outcome == "accepted" for task in entry.tasks)
             if one.told is not None:
+                told = one.told["parameters"]
+                if not response["parameters"]["promise"]:  # found on the ledger, which needs none
+                    assert told["stage"] == "committed"
+                    response["parameters"]["promise"] = told["promise"]
                 assert one.told == response
-                promise = open_message(Promise, base64.b64decode(response["parameters"]["promise"])).header
+                promise = open_message(Promise, base64.b64decode(told["promise"])).header
                 assert promise.result_root == entry.result_root and promise.tasks == entry.tasks
                 assert entry.time_ms <= promise.deadline_ms, "the promise was not kept in time"
