@@ -21,7 +21,7 @@ from bmoe.protocol.errors import BmoeError, UnavailableError
 
 MODEL, INPUT, SHAPE = "wearable", "window", (1, 6, 100)
 CALL_S = 20.0  # the client's own patience: a call that takes so long is a call that hangs
-PAUSE_S = 0.02  # of a client between two calls: about as long as a call, so that calls of several clients overlap
+PAUSE_S = 0.1  # of a client between two calls
 POLL_S = 0.05  # where another process's state tells by no event
 MARKS = {
     "coordinator": "coordinator.service",
@@ -133,10 +133,12 @@ def gateway_pid(fleet: LocalFleet, name: str) -> int:
     return pids[0]
 
 
-async def kill_in_gateway(fleet: LocalFleet, name: str) -> None:
-    """kill -9 one of the gateway's processes and see it end; `bmoe up` is to start it again."""
+async def kill_in_gateway(fleet: LocalFleet, name: str, moment: Awaitable[None] | None = None) -> None:
+    """kill -9 one of the gateway's processes, at once when `moment` is there, and see it end; `bmoe up` restarts it."""
     pid = gateway_pid(fleet, name)
-    ended = asyncio.ensure_future(end_of(pid))
+    ended = asyncio.ensure_future(end_of(pid, CALL_S))
+    if moment is not None:
+        await moment
     os.kill(pid, signal.SIGKILL)
     await ended
 

@@ -53,8 +53,7 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Local
 async def test_a_killed_coordinator_loses_nothing_committed_and_commits_nothing_twice(fleet: LocalFleet) -> None:
     async with Load(fleet, clients=4) as load:
         await load.more(6, BACK_WITHIN_S)
-        await load.flying(4)
-        await kill_in_gateway(fleet, "coordinator")
+        await kill_in_gateway(fleet, "coordinator", load.flying(2))
         await load.more(4, BACK_WITHIN_S)
     facts = await check_ledger(fleet.state)
     load.check(facts)
@@ -183,9 +182,8 @@ async def test_a_broker_silent_for_longer_than_a_task_leaves_the_referee_to_answ
 async def test_a_killed_ledger_engine_loses_no_acknowledged_entry(fleet: LocalFleet) -> None:
     async with Load(fleet, clients=4, waits=("committed",)) as load:
         await load.more(4, BACK_WITHIN_S)
-        await load.flying(4)
         acknowledged = load.answers
-        await kill_in_gateway(fleet, "ledger")
+        await kill_in_gateway(fleet, "ledger", load.flying(2))
         await load.more(4, BACK_WITHIN_S)
         os.kill(gateway_pid(fleet, "ledger"), signal.SIGSTOP)
         await asyncio.sleep(ACK_TIMEOUT_S + 0.5)  # the fault: what authors hand over is neither taken nor refused
