@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import structlog
 
 from bmoe.ledger.rules.combine import Choices, combine
 from bmoe.protocol.errors import BmoeError, MessageError
+from bmoe.protocol.figures import Seconds
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Promise, seal_header
 from bmoe.protocol.tensors import take_rows
@@ -29,12 +30,19 @@ SETTLE_S = 8.0
 
 @dataclass
 class Answers:
-    """How many requests have been answered, by how far they had to get, and how many could not be."""
+    """How many requests have been answered, by how far they had to get, and how many could not be.
+
+    `late` promises were kept after their deadline, `broken` ones never will be, as far as this process can tell.
+    """
 
     decided: int = 0
     entered: int = 0
     failed: int = 0
     rows: int = 0
+    late: int = 0
+    broken: int = 0
+    gate: Seconds = field(default_factory=Seconds)
+    enter: Seconds = field(default_factory=Seconds)
 
 
 class Answerer:
@@ -56,7 +64,7 @@ class Answerer:
         self._signer, self._common, self._promise_ms, self._final = signer, common, promise_ms, final
         self._task_rows = task_rows
         self._counter = Counter()
-        self._entering: set[asyncio.Future[int]] = set()
+        self._entering: dict[asyncio.Future[int], float] = {}  # when each was queued
         self.count = Answers()
 
     async def answer(self, request: Request, again: bool = False) -> Answered:
@@ -73,10 +81,12 @@ class Answerer:
             raise
 
     async def _answer(self, request: Request, again: bool) -> Answered:
+        began = time.monotonic()
         try:
             # Nothing is dispatched before the request is on disk; the gate runs meanwhile.
             known = _nothing() if again else self._journal.accepted(request)
             routing, _ = await asyncio.gather(self._gate.score(request), known)
+            self.count.gate.add(time.monotonic() - began)
             choices, tasks = await self._gather(request, routing)
         except BmoeError:
             self.count.failed += 1
@@ -145,18 +155,26 @@ class Answerer:
 
     def _watch(self, request: Request, tasks: tuple[bytes, ...], entering: asyncio.Future[int]) -> None:
         def entered(done: asyncio.Future[int]) -> None:
-            self._entering.discard(done)
+            seconds = time.monotonic() - self._entering.pop(done)
             if done.cancelled():
                 return
             if (error := done.exception()) is None:
                 self.count.entered += 1
+                self.count.late += seconds > self._promise_ms / 1000
+                self.count.enter.add(seconds)
                 if request.wait == "decided":
                     self._journal.entered(request.id, tasks)
             else:
+                self.count.broken += 1
                 log.error("answer_not_entered", request=request.id.hex(), error=str(error))
 
-        self._entering.add(entering)
+        self._entering[entering] = time.monotonic()
         entering.add_done_callback(entered)
+
+    def overdue(self) -> int:
+        """Promises whose deadline has passed and whose answers are not on the ledger yet."""
+        due = time.monotonic() - self._promise_ms / 1000
+        return sum(queued < due for queued in self._entering.values())
 
     async def settle(self) -> None:
         """Wait, within bounds, until every answer given is on the ledger: what a clean stop owes its clients."""

@@ -57,6 +57,12 @@ class GatewaySettings(BaseSettings):
     hedge_min_ms: int = Field(200, ge=1, description="Never ask another agent sooner than this after the first.")
     referee_timeout_ms: int = Field(10_000, ge=50, description="How long a re-execution may take.")
     promise_ms: int = Field(30_000, ge=1000, description="Deadline promised for the entry of a decided answer.")
+    metrics_host: str = Field("127.0.0.1", description="Address that /metrics listens on; it asks for no token.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one and remembers it.")
+    log_format: Literal["json", "text"] = Field(
+        "json", description="Form of the logs: json, one object a line, or text, key=value pairs."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severity logged.")
     referee_memory_mb: int = Field(1024, ge=128, description="Memory bound of the referee's and the gate's process.")
 
     @property

@@ -133,8 +133,10 @@ class Decider:
         collection.received[agent] = received
         presence = self._fleet.of(agent)
         presence.load = max(0, presence.load - 1)
-        self._fleet.answered(agent, running.job.expert.digest, time.monotonic() - collection.assigned[agent])
+        seconds = time.monotonic() - collection.assigned[agent]
+        self._fleet.answered(agent, running.job.expert.digest, seconds)
         self.tally.outputs += 1
+        self.tally.output.add(seconds)
         running.wake.set()
 
     def on_refusal(self, agent: str, task: bytes, reason: str, detail: str) -> None:
@@ -144,6 +146,7 @@ class Decider:
             return
         log.info("task_refused", agent=agent, task=task.hex(), reason=reason, detail=detail)
         running.collection.refused[agent] = reason
+        self.tally.refusals[reason] += 1
         self._fleet.of(agent).load = max(0, self._fleet.of(agent).load - 1)
         running.wake.set()
 
@@ -156,13 +159,17 @@ class Decider:
         self._running[job.task] = running
         self._hedging.earn()
         self.tally.tasks += 1
+        self.tally.queue.add(job.opened_at - job.calls[0].made)
         try:
             await self._committer.opened(job)
+            began = time.monotonic()
+            self.tally.open.add(began - job.opened_at)
             first = self._ask_first(running, only)
             kept = asyncio.ensure_future(self._committer.keep_input(job.task, first or self._message(job, COORDINATOR)))
             decision, as_of = await self._drive(running)
             # At once, before anything is awaited: an output that still joined in would stand in the verdict without stance.
             accepted = self._decided(running, decision)
+            self.tally.decide.add(time.monotonic() - began)
             await kept
             await self._close(running, decision, accepted, as_of)
         except BmoeError as error:
@@ -271,7 +278,9 @@ class Decider:
         else:
             _deliver(job, replace(accepted, entered=entering))
         self._judge(running, decision)
+        queued = time.monotonic()
         await entering
+        self.tally.commit.add(time.monotonic() - queued)
         self._tell(collection, decision, job.task)
 
     def _judge(self, running: _Running, decision: Decision) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 
 import structlog
 
@@ -21,11 +22,13 @@ from bmoe.ledger.rules.merkle import Frontier, leaf_hash
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerStream
 from bmoe.protocol.errors import ProofError
+from bmoe.protocol.figures import Seconds
 
 log = structlog.get_logger("finality")
 CHECKPOINT_SUBJECTS = "ledger.checkpoint.>"
 INDICES_KEPT = 200_000
 SIZES_KEPT = 256
+GREW_KEPT = 100_000
 
 
 class Finality:
@@ -40,15 +43,20 @@ class Finality:
         self.disagreement = ""
         self._tree = Frontier()
         self._roots: OrderedDict[int, bytes] = OrderedDict()
+        self._grew: deque[tuple[int, float]] = deque(maxlen=GREW_KEPT)  # sizes not final yet, and since when
+        self.lag_s = Seconds()
 
     async def follow(self, stream: LedgerStream) -> None:
         """Begin to listen; cosignatures are verified, whoever brings them."""
         await stream.client.subscribe(CHECKPOINT_SUBJECTS, cb=self._on_message)
+        self._grew.clear()  # what an earlier run left is final or not, and nobody says so again on an idle ledger
 
     def on_applied(self, applied: Applied) -> None:
         """Note where verdicts and answers stand, and grow our own tree: its roots must be the validators'."""
         for leaf in applied.leaves:
             self._tree.append(leaf_hash(leaf))
+        if any(event.kind in ("verdict", "answer") for event in applied.events):
+            self._grew.append((self._tree.size, time.monotonic()))
         for event in applied.events:
             if event.kind in ("verdict", "answer"):
                 entry = event.facts["entry"]
@@ -59,6 +67,16 @@ class Finality:
             self._roots.popitem(last=False)
         while len(self._index) > INDICES_KEPT:
             self._index.popitem(last=False)
+
+    @property
+    def unfinal_s(self) -> float:
+        """For how many seconds the oldest verdict or answer on the ledger has waited to be final; 0 if none waits."""
+        return time.monotonic() - self._grew[0][1] if self._grew else 0.0
+
+    def _note_lag(self) -> None:
+        now = time.monotonic()
+        while self._grew and self._grew[0][0] <= self.final_size:
+            self.lag_s.add(now - self._grew.popleft()[1])
 
     def index_of(self, identity: bytes) -> int | None:
         """The leaf index of a recent verdict (task id) or answer (request id)."""
@@ -117,6 +135,7 @@ class Finality:
         cosigners |= signed
         if self._state.quorum and len(cosigners) >= self._state.quorum:
             self.final_size = max(self.final_size, checkpoint.size)
+            self._note_lag()
             self._compare(checkpoint.size, checkpoint.root)
         while len(self._cosigned) > SIZES_KEPT:
             self._cosigned.popitem(last=False)

@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -33,6 +33,7 @@ from coordinator.api_tokens import Access
 from coordinator.catalogue import Catalogue
 from coordinator.commit import Committer, answer_rows_max
 from coordinator.config import GatewaySettings
+from coordinator.counts import RequestCounts, counted
 from coordinator.decide import Decider, Timing
 from coordinator.diagnose import Diagnosis
 from coordinator.dispatch import Dispatcher
@@ -85,10 +86,11 @@ class Gateway:
         self.quotas = Quotas()
         self.finality = Finality(self.state)
         self.catalogue = Catalogue(self.state)
+        self.counts = RequestCounts(self.catalogue.names)
         self.fleet = Fleet(self.state, layout.fleet)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._on_request: Callable[[str, str, bytes], None] | None = None
-        self._in_work = 0
+        self.in_work = 0
         self.started = time.monotonic()
         self.dead: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -99,25 +101,25 @@ class Gateway:
         self.journal = Journal(layout.journal)
         reader = EvidenceReader(layout.evidence)
         self.recovery = Recovery(self.journal, self.state, self.catalogue, reader)
-        self._author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
-        self._author.on_overtaken = self._die
-        self._follower = Follower(
-            self._stream, self.state, recompute=False, on_applied=self._on_applied, own=self._author.wrote
+        self.author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
+        self.author.on_overtaken = self._die
+        self.follower = Follower(
+            self._stream, self.state, recompute=False, on_applied=self._on_applied, own=self.author.wrote
         )
-        self._follower.start().add_done_callback(self._on_follower_end)
-        await self._follower.catch_up()
+        self.follower.start().add_done_callback(self._on_follower_end)
+        await self.follower.catch_up()
         try:
-            await self._follower.changed(lambda: NAME in self.state.members, timeout_s=20)
+            await self.follower.changed(lambda: NAME in self.state.members, timeout_s=20)
         except asyncio.TimeoutError:
             raise UnavailableError("the registrar has not enrolled this coordinator: see its log") from None
         await self.finality.follow(self._stream)
-        await self._author.start(self.state)
+        await self.author.start(self.state)
         self._evidence = EvidenceStore(layout.evidence)
         self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)
         self._referee_runner = Runner(memory_mb=settings.referee_memory_mb)
         await asyncio.gather(self._gate_runner.start(), self._referee_runner.start())
         self._assemble()
-        await self.recovery.keep_promises(self.committer, self._follower)
+        await self.recovery.keep_promises(self.committer, self.follower)
         for channel, (_, qos) in UP_CHANNELS.items():
             self.link.subscribe(every_device(channel), qos)
         await self.link.start()
@@ -129,7 +131,7 @@ class Gateway:
     def _assemble(self) -> None:
         settings, trust, signer = self.settings, self.trust, self._signer
         common: dict[str, Any] = {"ledger": trust.ledger, "epoch": trust.epoch, "author": NAME}
-        self.committer = Committer(self._author, self._evidence, self.journal)
+        self.committer = Committer(self.author, self._evidence, self.journal)
         self.referee = Referee(self._referee_runner, self.layout.blobs, signer, NAME, trust.ledger, trust.epoch)
         self._dispatcher = Dispatcher(self.link, signer, NAME, trust.ledger, trust.epoch)
         self.decider = Decider(
@@ -164,14 +166,15 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._author.stop()
-        await self._follower.stop()
+        await self.author.stop()
+        await self.follower.stop()
         await self._stream.close()
         await asyncio.gather(self._gate_runner.close(), self._referee_runner.close())
         self._evidence.close()
         await self.journal.close()
         self.fleet.save_view(self.fleet.table())
 
+    @counted
     async def infer(
         self, name: str, body: bytes, tenant: str, head_bytes: int | None = None, reply_to: str = ""
     ) -> Answered:
@@ -198,13 +201,13 @@ class Gateway:
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """A place among the requests in work, bodies being read included; UnavailableError when all are taken."""
-        if self._in_work >= self.settings.requests_waiting:
-            raise UnavailableError(f"{self._in_work} requests are in work, the limit: try again")
-        self._in_work += 1
+        if self.in_work >= self.settings.requests_waiting:
+            raise UnavailableError(f"{self.in_work} requests are in work, the limit: try again")
+        self.in_work += 1
         try:
             yield
         finally:
-            self._in_work -= 1
+            self.in_work -= 1
 
     def _start_job(self, job: Job) -> None:
         self._diagnosis.remember(job)
@@ -254,11 +257,12 @@ class Gateway:
     def statistics(self) -> dict[str, Any]:
         """Figures for operators and the demo."""
         tally, count = self.decider.tally, self.answerer.count
+        answers = {name: getattr(count, name) for name in ("decided", "entered", "failed", "rows")}
         standing = {name: record.standing.value for name, record in self.state.agents.items()}
         online = sum(p.online for p in self.fleet.presence.values())
         return {
             "uptime_s": round(time.monotonic() - self.started, 1),
-            "requests": {"in_work": self._in_work, **asdict(count)},
+            "requests": {"in_work": self.in_work, **answers},
             "tasks": tally.tasks,
             "tasks_running": self.decider.running,
             "undecided": tally.undecided,
@@ -267,12 +271,12 @@ class Gateway:
             "referee_executions": self.referee.executions,
             "late_outputs": tally.late,
             "refused_outputs": tally.refused_outputs,
-            "ledger": {"size": self.state.size, "final": self.finality.final_size, "position": self._follower.position},
+            "ledger": {"size": self.state.size, "final": self.finality.final_size, "position": self.follower.position},
             "agents": {"online": online, "standing": standing},
         }
 
     async def _wait_final(self, position: int, request: bytes) -> None:
-        await self._follower.reached(position, FINAL_TIMEOUT_S)
+        await self.follower.reached(position, FINAL_TIMEOUT_S)
         try:
             await self.finality.final(request, FINAL_TIMEOUT_S)
         except asyncio.TimeoutError:

@@ -98,6 +98,7 @@ class Call:
     done: asyncio.Future[tuple[Accepted, int]] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
+    made: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)

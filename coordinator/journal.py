@@ -106,6 +106,11 @@ class Journal:
         self.pending = frozenset(self._in_work)
         self.owed = frozenset(self._file.read_now(lambda db: [r[0] for r in db.execute("SELECT id FROM promised")]))
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the inputs of requests in work."""
+        return self._bytes
+
     async def accepted(self, request: Request) -> None:
         """Durable when this returns; raises UnavailableError when there is no room for it."""
         inputs = pack_request(request)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -17,6 +17,7 @@ from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.protocol.envelope import split_envelope
+from bmoe.protocol.figures import Seconds
 from bmoe.protocol.messages import Output, Release, Sealed
 from coordinator.commit import Committer
 from coordinator.fleet import Fleet
@@ -28,7 +29,7 @@ CLOSED_KEPT = 4096
 
 @dataclass
 class Tally:
-    """What has been done so far, for operators and the demo."""
+    """What has been done so far, for operators and the demo, and how long each stage of a task took."""
 
     tasks: int = 0
     outputs: int = 0
@@ -36,6 +37,12 @@ class Tally:
     hedges: int = 0
     late: int = 0
     refused_outputs: int = 0
+    refusals: Counter[str] = field(default_factory=Counter)
+    queue: Seconds = field(default_factory=Seconds)
+    open: Seconds = field(default_factory=Seconds)
+    output: Seconds = field(default_factory=Seconds)
+    decide: Seconds = field(default_factory=Seconds)
+    commit: Seconds = field(default_factory=Seconds)
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,65 @@
-"""Structured logs of the gateway's processes: one JSON object a line on stderr, with task and verdict ids."""
+"""Structured logs of the gateway's processes: one event a line on stderr, as JSON or as key=value pairs.
+
+Every line carries `timestamp`, `level`, `event` and `process`. A task, and so its verdict, is always `task`; a request,
+and so its answer, is `request`; both in hexadecimal. Nothing secret is handed to a logger, and lines are cut in length.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
+from collections import Counter
+from typing import Literal
 
 import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+VALUE_MAX = 2000  # characters of one value: what comes from outside must not fill the disk
+# How often each documented event was logged, by level: what /metrics shows of it.
+counts: Counter[tuple[str, str]] = Counter()
 
 
-def set_up_logs(process: str, level: int = logging.INFO) -> None:
-    """Send structlog and the standard library's logging to stderr as JSON lines."""
-    shared: list[Any] = [
+def set_up_logs(process: str, level: str = "info", form: Literal["json", "text"] = "json") -> None:
+    """Send structlog and the standard library's logging to stderr. Doing it again replaces what was set."""
+    severity = logging.getLevelNamesMapping()[level.upper()]
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    end: list[Processor] = [structlog.processors.format_exc_info, _bounded, _renderer(form)]
     structlog.configure(
-        processors=[*shared, structlog.processors.format_exc_info, structlog.processors.JSONRenderer()],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        processors=[_count, *shared, *end],
+        wrapper_class=structlog.make_filtering_bound_logger(severity),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
     formatter = structlog.stdlib.ProcessorFormatter(
-        processor=structlog.processors.JSONRenderer(), foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name]
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *end],
+        foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(formatter)
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(level=max(severity, logging.WARNING), handlers=[handler], force=True)
     # asyncio says of every TLS connection that ends that a return value of a library had no effect.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+def _renderer(form: str) -> Processor:
+    if form == "json":
+        return structlog.processors.JSONRenderer()
+    return structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], drop_missing=True)
+
+
+def _count(_: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    counts[str(event["event"]), "error" if method == "exception" else method] += 1
+    return event
+
+
+def _bounded(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+    long = {key: value for key, value in event.items() if type(value) is str and len(value) > VALUE_MAX}
+    for key, value in long.items():
+        # Of a stack trace the end says most.
+        event[key] = "..." + value[-VALUE_MAX:] if key == "exception" else value[:VALUE_MAX] + "..."
+    return event

@@ -18,13 +18,16 @@ from coordinator.api import build_api, take_mqtt_requests
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
+from coordinator.exposition import metrics_app, registry_of
 from coordinator.gateway import Gateway
 from coordinator.identity.infrastructure import SERVER
 from coordinator.logs import set_up_logs
+from coordinator.metrics import Reading
 from coordinator.serving import serving
 from coordinator.state_layout import StateLayout
 
 log = structlog.get_logger("service")
+SCRAPERS_MAX = 16
 
 
 async def serve(state: Path) -> None:
@@ -40,13 +43,17 @@ async def serve(state: Path) -> None:
         loop.add_signal_handler(number, _set, stopping)
     try:
         api = build_api(gateway)
-        async with serving(
-            api,
-            settings.api_host,
-            ports["api"],
-            connections_max=settings.requests_waiting + 64,
-            context=api_tls(settings),
-        ) as port:
+        metrics = metrics_app(registry_of(lambda: Reading(gateway)))
+        async with (
+            serving(metrics, settings.metrics_host, ports["metrics"], connections_max=SCRAPERS_MAX),
+            serving(
+                api,
+                settings.api_host,
+                ports["api"],
+                connections_max=settings.requests_waiting + 64,
+                context=api_tls(settings),
+            ) as port,
+        ):
             keep_what_is_loaded()
             notify_ready(port=port)
             log.info("serving", host=settings.api_host, port=port, models=gateway.catalogue.names())
@@ -81,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     set_up_logs("coordinator")
     try:
+        settings = load_settings(state=arguments.state)
+        set_up_logs("coordinator", settings.log_level, settings.log_format)
         uvloop.run(serve(arguments.state))
     except BmoeError as error:
         log.error("stopped", error=str(error))

@@ -95,6 +95,10 @@ class StateLayout:
         except ConfigError:
             return False
 
+    def figures(self, name: str) -> Path:
+        """The figures that another of the gateway's processes hands to the coordinator."""
+        return self.root / "figures" / f"{name}.json"
+
     def validator(self, name: str) -> Path:
         """A validator's folder."""
         return self.root / name

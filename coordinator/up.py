@@ -7,12 +7,14 @@ clean stop, a kill or a power cut is the same code.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import secrets
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -20,6 +22,7 @@ from bmoe.ledger.rules.membership import quorum_of
 from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.figures import hand_on
 from bmoe.protocol.files import sync_folder, write_durably
 from bmoe.protocol.keys import Signer
 from bmoe.storage.manifest import load_model, parts, read_part
@@ -33,6 +36,7 @@ from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
 from coordinator.identity.infrastructure import SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs
+from coordinator.process_figures import ProcessFigures
 from coordinator.state_layout import StateLayout
 
 log = structlog.get_logger("up")
@@ -57,7 +61,7 @@ async def _run(settings: GatewaySettings, say: Callable[[str], None]) -> None:
     stopping: asyncio.Future[None] = loop.create_future()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, _set, stopping)
-    set_up_logs("up")
+    set_up_logs("up", settings.log_level, settings.log_format)
     starting = asyncio.ensure_future(_serve(settings, say, stopping))
     await asyncio.wait([starting, stopping], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -68,8 +72,16 @@ async def _run(settings: GatewaySettings, say: Callable[[str], None]) -> None:
 
 
 async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping: asyncio.Future[None]) -> None:
-    layout = StateLayout(settings.state)
-    async with Supervisor(settings.state, _tell) as supervisor:
+    layout, processes = StateLayout(settings.state), ProcessFigures()
+
+    def tell(event: Event) -> None:
+        processes.note(event)
+        _tell(event)
+
+    async with (
+        Supervisor(settings.state, tell) as supervisor,
+        _beside(hand_on(layout.figures("up"), processes.figures)),
+    ):
         identity = prepare_identity(
             settings.state, VALIDATORS, (settings.host, settings.api_host, *settings.public_hosts)
         )
@@ -82,9 +94,21 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
         )
         ports = await start_gateway(settings, layout, identity, supervisor)
         say(f"gateway is up: API {settings.api_scheme}://{settings.api_host}:{ports['api']}  state {settings.state}")
+        say(f"figures for Prometheus: http://{settings.metrics_host}:{ports['metrics']}/metrics")
         say(f"a token for a board: bmoe token create --owner NAME --state {settings.state}")
         await stopping
         say("stopping")
+
+
+@contextlib.asynccontextmanager
+async def _beside(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run something within the block."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def start_gateway(
@@ -96,6 +120,7 @@ async def start_gateway(
         {
             "api": Listen(settings.api_host, settings.api_port or None),
             "fleet": Listen(settings.host, settings.fleet_port or None),
+            "metrics": Listen(settings.metrics_host, settings.metrics_port or None),
         },
     )
     keys = identity.broker_keys

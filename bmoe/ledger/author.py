@@ -20,6 +20,7 @@ from bmoe.ledger.rules.frames import NO_FRAME, build_frame, parse_frame
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerStream, message_id
 from bmoe.protocol.errors import BmoeError, LedgerError, UnavailableError
+from bmoe.protocol.figures import Seconds
 from bmoe.protocol.keys import Signer
 
 FRAME_ENTRIES = 256
@@ -67,13 +68,24 @@ class FrameAuthor:
         self._seq, self._previous, self._position = 0, NO_FRAME, 0
         self._waiting: deque[_Waiting] = deque()
         self._wake = asyncio.Event()
-        self._due, self._started = 0.0, 0.0
+        self._due, self._started, self._asked = 0.0, 0.0, 0.0
         self._task: asyncio.Task[None] | None = None
         self._stopped = False
         self._written: deque[bytes] = deque(maxlen=WRITTEN_KEPT)
         # Called when a frame that we did not know of came in between, such as a late one of a run before: no frame of
         # ours can follow until we have read the ledger anew.
         self.on_overtaken: Callable[[BmoeError], None] | None = None
+        self.entries, self.append_s = 0, Seconds()
+
+    @property
+    def waiting(self) -> int:
+        """Groups of entries that wait for the engine."""
+        return len(self._waiting)
+
+    @property
+    def stalled_s(self) -> float:
+        """For how many seconds the engine has not acknowledged the frame under way; 0 if there is none."""
+        return time.monotonic() - self._asked if self._asked else 0.0
 
     def wrote(self, digest: bytes) -> bool:
         """Whether we signed the frame of that digest a moment ago."""
@@ -191,6 +203,7 @@ class FrameAuthor:
             await self._append_each(group)
             return
         self._written.append(digest)
+        asked = self._asked = time.monotonic()
         try:
             position = await self._append_surely(frame, digest)
         except BmoeError as error:
@@ -199,6 +212,10 @@ class FrameAuthor:
             if self.on_overtaken is not None:
                 self.on_overtaken(error)
             return
+        finally:
+            self._asked = 0.0
+        self.append_s.add(time.monotonic() - asked)
+        self.entries += sum(len(waiting.kinds) for waiting in group)
         self._seq, self._previous, self._position = self._seq + 1, digest, position
         for waiting in group:
             if not waiting.done.done():

@@ -29,6 +29,7 @@ from bmoe.ledger.spotcheck import Rates, SpotChecks
 from bmoe.ledger.store import Held, Store
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerError, LedgerForkError, UnavailableError
+from bmoe.protocol.figures import Figures, hand_on
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.topics import every_device
@@ -42,7 +43,10 @@ RETRY_S = 1.0
 
 @dataclass(frozen=True)
 class Settings:
-    """What a validator needs to know. Without `gateway` nothing is executed again; without `mqtt` no complaint comes."""
+    """What a validator needs to know. Without `gateway` nothing is executed again; without `mqtt` no complaint comes.
+
+    `figures` is a file for what it counts, see bmoe/protocol/figures.py.
+    """
 
     name: str
     folder: Path
@@ -53,6 +57,7 @@ class Settings:
     mqtt: tuple[str, int] | None = None
     rates: Rates = field(default_factory=Rates)
     memory_mb: int = 512
+    figures: Path | None = None
 
 
 class Validator:
@@ -79,6 +84,7 @@ class Validator:
         self.receipts = ReceiptService(name, self.store, self.state, self.cosigner)
         self._held: Held | None = None
         self._live = False
+        self._rejected = 0
         self._gateway: GatewayClient | None = None
         self._runner: Runner | None = None
         self.checks: SpotChecks | None = None
@@ -104,6 +110,8 @@ class Validator:
                 self.cosigner.publish_for_ever(),
                 self.ticker.tick_for_ever(),
             ]
+            if self.settings.figures is not None:
+                jobs.append(hand_on(self.settings.figures, self.figures))
             if self.checks is not None:
                 self.checks.on_restart()
                 jobs.append(self.checks.work_for_ever())
@@ -122,6 +130,13 @@ class Validator:
         finally:
             await end(*tasks)
             await self._stop(link)
+
+    def figures(self) -> Figures:
+        """What coordinator/metrics.py shows of a validator."""
+        found: Figures = {"size": self.state.size, "signed_size": self.cosigner.signed, "rejected": self._rejected}
+        if self.checks is not None:
+            found |= {"checks": self.checks.checked, "checks_waiting": self.checks.waiting}
+        return found
 
     async def _catch_up(self) -> None:
         """Fold what the stream holds, and see that it is the ledger, and the epoch's validator, that we were told."""
@@ -171,6 +186,7 @@ class Validator:
         self.store.append(message.position, message.data, applied, ticks, openings_of(applied))
         for event in applied.events:
             if event.kind == "rejected":
+                self._rejected += 1
                 log.warning("entry rejected position=%d %s", message.position, _pairs(event.facts))
             if self._live and self.checks is not None:
                 self.checks.on_event(event.kind, event.facts)

@@ -56,10 +56,13 @@ class Job:
 
 
 class SpotChecks:
-    """A bounded queue of re-executions and the worker that empties it. `clean` counts checks without contradiction."""
+    """A bounded queue of re-executions and the worker that empties it.
+
+    `checked` counts verdicts executed again, `clean` those of them without contradiction.
+    """
 
     def __init__(self, state: State, author: FrameAuthor, reexecutor: Reexecutor, rates: Rates) -> None:
-        self.clean = 0
+        self.checked = self.clean = 0
         self._state, self._author, self._reexecutor, self._rates = state, author, reexecutor, rates
         self._random = secrets.SystemRandom()
         self._queues: dict[str, deque[Job]] = {cause: deque() for cause in CAUSES}
@@ -84,13 +87,18 @@ class SpotChecks:
         """Queue a job; when the queue is full, a draw gives way to anything that matters more. False if dropped."""
         if job.task in self._queued and job.message is None:
             return True
-        if sum(map(len, self._queues.values())) >= QUEUE_MAX and not self._make_room(job.cause):
+        if self.waiting >= QUEUE_MAX and not self._make_room(job.cause):
             log.warning("re-execution dropped task=%s cause=%s queue=%d", job.task.hex(), job.cause, QUEUE_MAX)
             return False
         self._queues[job.cause].append(job)
         self._queued.add(job.task)
         self._wake.set()
         return True
+
+    @property
+    def waiting(self) -> int:
+        """Re-executions that wait."""
+        return sum(map(len, self._queues.values()))
 
     async def work_for_ever(self) -> None:
         """Execute what is queued, the most important first."""
@@ -142,6 +150,7 @@ class SpotChecks:
         finding = await self._examine(job)
         if finding is None:
             return
+        self.checked += 1
         claim = self._reexecutor.claim(job.task, finding)
         names = ",".join(target[0] for target in finding.targets)
         log.info("re-executed task=%s cause=%s contradicted=%s", job.task.hex(), job.cause, names or "none")

@@ -101,6 +101,7 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         mqtt=(arguments.mqtt_host, arguments.mqtt_port) if arguments.mqtt_port else None,
         rates=Rates(arguments.spot_start, arguments.spot_floor),
         memory_mb=arguments.memory_mb,
+        figures=state / "figures" / f"{name}.json",
     )
 
 

@@ -43,6 +43,11 @@ class LedgerDesk:
         await self._author.start()
         return following
 
+    @property
+    def position(self) -> int:
+        """The ledger position folded last."""
+        return self._follower.position
+
     async def enter(self, *kinds: tuple[type[Entry], dict[str, Any]]) -> int:
         """Append entries; returns their position once they are durable and folded into the directory.
 

@@ -27,9 +27,11 @@ from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerError, UnavailableError
+from bmoe.protocol.figures import Figures, hand_on
 from bmoe.protocol.keys import Signer
 from bmoe.storage.evidence import EvidenceReader
 from bmoe.storage.manifest import Model
+from coordinator import logs
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
@@ -79,12 +81,20 @@ class Registrar:
             app = self._application(stack, ports["broker.mqtt"], ports["fleet"])
             context = server_tls(self.identity.tls(SERVER))
             on_ready(await stack.enter_async_context(fleet_serving(app, self.settings.host, ports["fleet"], context)))
-            tasks = {asyncio.create_task(self._sweep_sessions()), asyncio.create_task(stop.wait())}
+            duties = (self._sweep_sessions(), stop.wait(), hand_on(self.layout.figures("registrar"), self.figures))
+            tasks: set[asyncio.Task[Any]] = {asyncio.ensure_future(duty) for duty in duties}
             for task in tasks:
                 stack.callback(task.cancel)
             done, _ = await asyncio.wait({following, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
+
+    def figures(self) -> Figures:
+        """What coordinator/metrics.py shows of the registrar."""
+        found: Figures = {"position": self._desk.position}
+        for (name, _), count in logs.counts.items():
+            found[f"event {name}"] = found.get(f"event {name}", 0) + count
+        return found
 
     async def revoke(self, name: str, reason: str) -> int:
         """Deny a device at once, end its sessions, and enter the revocation; how many sessions there were."""
@@ -222,7 +232,9 @@ def main(argv: list[str] | None = None) -> int:
         (log.warning if event.endswith(("_refused", "_failed", "_unreadable")) else log.info)(event, **facts)
 
     try:
-        uvloop.run(_serve(load_settings(state=arguments.state), report))
+        settings = load_settings(state=arguments.state)
+        set_up_logs("registrar", settings.log_level, settings.log_format)
+        uvloop.run(_serve(settings, report))
     except BmoeError as error:
         log.error("stopped", error=str(error))
         return 1
