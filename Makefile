@@ -16,7 +16,9 @@ DATA := seglearn==1.2.5
 MOSQUITTO := .mosquitto
 MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
 
-.PHONY: help mosquitto demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+PROMETHEUS := .prometheus
+
+.PHONY: help mosquitto prometheus demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -24,6 +26,7 @@ help:
 	@echo "make bench-peers   the same expert served by us, verified, and by hivemind, KServe and Ray Serve"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
+	@echo "make prometheus    fetch promtool, with which a test checks the alert rules (Debian, no root)"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
@@ -51,6 +54,14 @@ $(MOSQUITTO)/.ready: Makefile
 
 mosquitto: $(MOSQUITTO)/.ready
 
+$(PROMETHEUS)/.ready: Makefile
+	rm -rf $(PROMETHEUS)
+	mkdir -p $(PROMETHEUS)
+	cd $(PROMETHEUS) && timeout 120 apt-get download prometheus && dpkg-deb -x prometheus*.deb . && rm prometheus*.deb
+	@touch $@
+
+prometheus: $(PROMETHEUS)/.ready
+
 demo: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)
 
@@ -73,7 +84,7 @@ bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
 
 test: $(VENV)/.ready
-	-@$(MAKE) --no-print-directory mosquitto
+	-@$(MAKE) --no-print-directory mosquitto prometheus
 	$(BIN)/python -m pytest tests/unit tests/integration
 
 # Real processes on a shared machine can miss a deadline once; what fails twice is broken.
@@ -84,7 +95,7 @@ test-unit: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/unit
 
 test-integration: $(VENV)/.ready
-	-@$(MAKE) --no-print-directory mosquitto
+	-@$(MAKE) --no-print-directory mosquitto prometheus
 	$(BIN)/python -m pytest tests/integration
 
 test-train: $(VENV_TRAIN)/.ready
@@ -108,4 +119,4 @@ check: lint test
 check-all: lint test test-train test-wheel soak
 
 clean:
-	rm -rf $(VENV) $(VENV_TRAIN) $(MOSQUITTO) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_TRAIN) $(MOSQUITTO) $(PROMETHEUS) build dist *.egg-info

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from bmoe import __version__
+from bmoe.protocol.errors import InputError
 from bmoe.protocol.figures import Figures, Seconds, read_figures
 from coordinator import logs
 
@@ -78,7 +79,7 @@ def _handed_on(gateway: Gateway) -> Iterator[tuple[str, tuple[Figures, float]]]:
     for name in (*SIDE_PROCESSES, *gateway.state.validators):
         try:
             yield name, read_figures(gateway.layout.figures(name))
-        except (OSError, ValueError):
+        except (OSError, InputError):
             continue  # not started yet, or damaged: its age is missing, which an alert can see
 
 
@@ -171,9 +172,9 @@ METRICS: tuple[Metric, ...] = (
         lambda r: (((name,), p.load) for name, p in r.agents)),
     Metric("bmoe_agent_queued", "gauge", ("agent",), "Tasks in work, as the agent says.",
         lambda r: r.health("queued", 12)),
-    Metric("bmoe_agent_answered", "gauge", ("agent",), "Tasks answered since the agent's start.",
+    Metric("bmoe_agent_answered_total", "counter", ("agent",), "Tasks answered since the agent's start.",
         lambda r: r.health("answered", 13)),
-    Metric("bmoe_agent_refused", "gauge", ("agent",), "Tasks refused since the agent's start.",
+    Metric("bmoe_agent_refused_total", "counter", ("agent",), "Tasks refused since the agent's start.",
         lambda r: r.health("refused", 14)),
     Metric("bmoe_agent_unreported", "gauge", ("agent",), "Signed outputs that the broker has not acknowledged.",
         lambda r: r.health("unreported", 15)),

@@ -18,6 +18,7 @@ from bmoe.ledger.rules.policies import POLICIES
 from bmoe.protocol.messages import MESSAGES
 from bmoe.protocol.schema import Header
 from coordinator.config import GatewaySettings
+from coordinator.metrics import METRICS
 from edge_agent.config import AgentSettings
 
 DOCS = Path(__file__).resolve().parent
@@ -119,6 +120,12 @@ def limits(constants: Iterable[tuple[str, str, str]]) -> str:
     return table(("constant", "value", "meaning", "in"), rows)
 
 
+def metrics() -> str:
+    """Every metric of a gateway."""
+    rows = ((f"`{m.name}`", m.kind, ", ".join(f"`{label}`" for label in m.labels), m.meaning) for m in METRICS)
+    return table(("metric", "type", "labels", "meaning"), rows)
+
+
 def message_types() -> str:
     """Type numbers of messages, with what the signature binds."""
     rows = ((str(n), f"`{c.__name__}`", f"`{c.CONTEXT}`", _first_sentence(c)) for n, c in sorted(MESSAGES.items()))
@@ -162,6 +169,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "agent-settings": lambda: settings(AgentSettings),
     "gateway-limits": lambda: limits(GATEWAY_LIMITS),
     "ledger-limits": lambda: limits(LEDGER_LIMITS),
+    "metrics": metrics,
     "policies": policies,
     "message-types": message_types,
     "message-fields": lambda: fields(MESSAGES, Header),

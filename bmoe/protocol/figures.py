@@ -15,6 +15,8 @@ from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 
+from bmoe.protocol.errors import InputError
+
 # Seconds; from what one signature takes to the longest time that anybody waits.
 BOUNDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 EVERY_S = 5.0
@@ -58,13 +60,16 @@ def write_figures(path: Path, figures: Figures) -> None:
 
 
 def read_figures(path: Path) -> tuple[Figures, float]:
-    """The figures in a file, and how many seconds old they are; raises OSError or ValueError where there are none."""
+    """The figures in a file, and how many seconds old they are; raises OSError or InputError where there are none."""
     with path.open("rb") as file:
         data = file.read(FILE_BYTES + 1)
         age_s = time.time() - os.fstat(file.fileno()).st_mtime
     if len(data) > FILE_BYTES:
-        raise ValueError(f"{path} holds more than {FILE_BYTES} bytes")
-    found = json.loads(data)
+        raise InputError(f"{path} holds more than {FILE_BYTES} bytes")
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
-        raise ValueError(f"{path} holds no figures")
+        raise InputError(f"{path} holds no figures, expected an object of numbers")
     return found, max(0.0, age_s)
