@@ -36,6 +36,7 @@ class RequestCounts:
         self._tenants: set[str] = set()
         self.by: Counter[tuple[str, str, str]] = Counter()
         self.seconds: dict[str, Seconds] = {}
+        self.http_errors: Counter[int] = Counter()
 
     def answered(self, model: str, tenant: str, seconds: float) -> None:
         """Count a request that has its answer."""

@@ -55,6 +55,7 @@ class InferRoute:
             head, body = await self._infer(matched, dict(scope["headers"]), receive)
         except Exception as error:
             body, code, more = _failure(error, scope["path"])
+            self._gateway.counts.http_errors[code] += 1
         headers = [JSON if head is None else BINARY, (b"content-length", b"%d" % len(body)), *more]
         if head is not None:
             headers.append((HEAD_LENGTH, b"%d" % head))
