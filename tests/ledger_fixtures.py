@@ -222,6 +222,7 @@ class Fleet:
             experts=tuple(experts),
             top_k=top_k,
             combine="weighted_sum",
+            cacheable=False,
             issued_ms=self.now_ms,
         )
         return ModelEntry, {"statement": seal_header(self.registrar, statement)}

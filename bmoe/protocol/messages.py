@@ -224,6 +224,7 @@ class ModelRelease(Header):
     top_k: int = uint(11, 256)
     combine: str = text(12, 32)
     issued_ms: int = uint(13)
+    cacheable: bool = key(14, lambda v: type(v) is bool, "a boolean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,7 +83,8 @@ class Expert:
 
 @dataclass(frozen=True)
 class Model:
-    """A gate and its experts; a model of one expert needs no gate."""
+    """A gate and its experts; a model of one expert needs no gate. `cacheable`: equal inputs may be answered from a
+    verdict that was made before."""
 
     format: int
     name: str
@@ -95,6 +96,7 @@ class Model:
     labels: tuple[str, ...]
     gate: Expert | None
     experts: tuple[Expert, ...]
+    cacheable: bool = False
 
 
 Part = Expert | Golden
@@ -116,6 +118,8 @@ def render_manifest(model: Model) -> bytes:
         for optional in ("licence", "golden"):
             if expert[optional] is None:
                 del expert[optional]
+    if not model.cacheable:
+        del tree["cacheable"]
     return (json.dumps(tree, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
@@ -212,7 +216,9 @@ _model = object_of(
         "labels": list_of(text(_LABEL, "1..64 characters, no control characters"), 0, MAX_LABELS),
         "gate": or_null(_expert),
         "experts": list_of(_expert, 1, MAX_EXPERTS),
+        "cacheable": one_of(True, False),
     },
+    optional=("cacheable",),
 )
 
 

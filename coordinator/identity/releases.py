@@ -49,7 +49,7 @@ def release_entries(
         **common, model=model.name, version=model.version, manifest=manifest_digest,
         gate=bytes.fromhex(model.gate.sha256) if model.gate else b"",
         experts=tuple(bytes.fromhex(expert.sha256) for expert in model.experts), top_k=model.top_k,
-        combine=model.combine,
+        combine=model.combine, cacheable=model.cacheable,
     )  # fmt: skip
     return [*entries, (ModelEntry, {"statement": seal_message(registrar, whole)})]
 

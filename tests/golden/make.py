@@ -95,7 +95,7 @@ def _statements() -> dict[str, Header]:
         ),
         "model-release": messages.ModelRelease(
             **registrar, model="toy", version=3, manifest=bytes([0x3A] * 32), gate=GATE, experts=(EXPERT,), top_k=1,
-            combine="weighted_sum", issued_ms=TIME_MS,
+            combine="weighted_sum", cacheable=False, issued_ms=TIME_MS,
         ),
     }  # fmt: skip
 

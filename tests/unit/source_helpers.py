@@ -36,7 +36,7 @@ def model(*, experts: int = 3, gate: bool = True, top_k: int = 2, **shape: Any) 
     found = release(99, outputs=(("scores", "float32", (0, experts)),)) if gate else None
     statement = ModelRelease(
         **COMMON, model="m", version=1, manifest=bytes(32), gate=found.digest if found else b"",
-        experts=tuple(p.digest for p in parts), top_k=top_k, combine="weighted_sum",
+        experts=tuple(p.digest for p in parts), top_k=top_k, combine="weighted_sum", cacheable=False,
     )  # fmt: skip
     return Model(statement, found, parts)
 

@@ -30,7 +30,7 @@ def _model(*inputs: Spec, batch: bool = True) -> ServedModel:
     )  # fmt: skip
     statement = ModelRelease(
         **COMMON, model="toy", version=3, manifest=bytes(32), gate=b"", experts=(release.digest,), top_k=1,
-        combine="weighted_sum", issued_ms=1,
+        combine="weighted_sum", cacheable=False, issued_ms=1,
     )  # fmt: skip
     return ServedModel(statement, None, (release,))
 

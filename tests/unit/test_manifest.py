@@ -291,6 +291,15 @@ def infer(expert: Expert, window: np.ndarray) -> np.ndarray:
     return session.run([expert.outputs[0].name], {expert.inputs[0].name: window})[0]
 
 
+def test_a_model_is_cacheable_only_where_its_manifest_says_so() -> None:
+    tree = json.loads((WEARABLE / "model.json").read_bytes())
+    assert parse_manifest(json.dumps(tree).encode()).cacheable is False
+    model = parse_manifest(json.dumps({**tree, "cacheable": True}).encode())
+    assert model.cacheable and parse_manifest(render_manifest(model)) == model
+    with pytest.raises(ManifestError, match=r"\$\.cacheable: expected one of True, False, got 1"):
+        parse_manifest(json.dumps({**tree, "cacheable": 1}).encode())
+
+
 def all_parts(model: Model) -> list[Expert]:
     assert model.gate
     return [model.gate, *model.experts]

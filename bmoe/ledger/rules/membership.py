@@ -121,7 +121,7 @@ def model(state: State, context: Context, entry: ModelEntry) -> list[Event]:
 
 
 def _parts(model: ModelRelease) -> tuple[object, ...]:
-    return model.gate, model.experts, model.top_k, model.combine
+    return model.gate, model.experts, model.top_k, model.combine, model.cacheable
 
 
 def tick(state: State, context: Context, entry: Tick) -> list[Event]:
