@@ -53,6 +53,9 @@ class GatewaySettings(BaseSettings):
     request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")
     body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body.")
     requests_waiting: int = Field(1024, ge=1, description="Requests in work at once; more are refused with 503.")
+    connections_per_address: int = Field(
+        256, ge=8, description="Connections to the API that one address may hold (an IPv6 /64 counts as one)."
+    )
     task_timeout_ms: int = Field(10_000, ge=50, le=600_000, description="How long an agent has for a task.")
     hedge_min_ms: int = Field(200, ge=1, description="Never ask another agent sooner than this after the first.")
     referee_timeout_ms: int = Field(10_000, ge=50, description="How long a re-execution may take.")

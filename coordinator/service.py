@@ -45,12 +45,13 @@ async def serve(state: Path) -> None:
         api = build_api(gateway)
         metrics = metrics_app(registry_of(lambda: Reading(gateway)))
         async with (
-            serving(metrics, settings.metrics_host, ports["metrics"], connections_max=SCRAPERS_MAX),
+            serving(metrics, settings.metrics_host, ports["metrics"], connections=SCRAPERS_MAX, each=SCRAPERS_MAX),
             serving(
                 api,
                 settings.api_host,
                 ports["api"],
-                connections_max=settings.requests_waiting + 64,
+                connections=settings.requests_waiting + 64,
+                each=settings.connections_per_address,
                 context=api_tls(settings),
             ) as port,
         ):
