@@ -17,6 +17,7 @@ from bmoe.protocol.figures import Seconds
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Promise, seal_header
 from bmoe.protocol.tensors import take_rows
+from coordinator.cache import Cache, Combined, key_of
 from coordinator.commit import Committer, commit_result
 from coordinator.gate import Gate, Routing
 from coordinator.jobs import Accepted, Answered, Call, Counter, Request, Result
@@ -54,6 +55,7 @@ class Answerer:
         sharer: Sharer,
         committer: Committer,
         journal: Journal,
+        cache: Cache,
         signer: Signer,
         common: dict[str, Any],
         promise_ms: int,
@@ -66,6 +68,7 @@ class Answerer:
         self._counter = Counter()
         self._entering: dict[asyncio.Future[int], float] = {}  # when each was queued
         self.count = Answers()
+        self._cache = cache
 
     async def answer(self, request: Request, again: bool = False) -> Answered:
         """The verified answer, once it has got as far as the client waits for; raises BmoeError when there is none.
@@ -85,19 +88,24 @@ class Answerer:
         try:
             # Nothing is dispatched before the request is on disk; the gate runs meanwhile.
             known = _nothing() if again else self._journal.accepted(request)
-            routing, _ = await asyncio.gather(self._gate.score(request), known)
-            self.count.gate.add(time.monotonic() - began)
-            choices, tasks = await self._gather(request, routing)
+            key = key_of(request) if request.model.statement.cacheable else b""
+            found = self._cache.get(key, began) if key else None
+            if found is not None:
+                await known
+            else:
+                routing, _ = await asyncio.gather(self._gate.score(request), known)
+                self.count.gate.add(time.monotonic() - began)
+            combined = found or await self._combined(request, routing)
         except BmoeError:
             self.count.failed += 1
             raise
-        model = request.model
-        tensors = combine(model.statement.combine, choices, [a.tensors for a in tasks], model.batch)
-        result = commit_result(request, tensors)
-        ids = tuple(a.task for a in tasks)
+        result = commit_result(request, combined.tensors)
+        ids = tuple(a.task for a in combined.tasks)
         promise = self._promise(request, result, ids)
-        entering = await self._committer.answer(request, choices, tasks, result)
+        entering = await self._committer.answer(request, combined.choices, combined.tasks, result)
         self._watch(request, ids, entering)
+        if key and found is None:
+            entering.add_done_callback(lambda done: self._remember(key, combined, done))
         self.count.decided += 1
         self.count.rows += request.rows
         answered = Answered(request, result, ids, request.wait, promise)
@@ -108,6 +116,17 @@ class Answerer:
         if request.wait == "final":
             await self._final(position, request.id)
         return answered
+
+    async def _combined(self, request: Request, routing: Routing) -> Combined:
+        choices, tasks = await self._gather(request, routing)
+        model = request.model
+        tensors = combine(model.statement.combine, choices, [a.tensors for a in tasks], model.batch)
+        return Combined(choices, tuple(tasks), tensors)
+
+    def _remember(self, key: bytes, combined: Combined, entered: asyncio.Future[int]) -> None:
+        """Keep a value once its answer stands on the ledger, and so its verdicts."""
+        if not entered.cancelled() and entered.exception() is None:
+            self._cache.put(key, combined, time.monotonic())
 
     async def _gather(self, request: Request, routing: Routing) -> tuple[Choices, list[Accepted]]:
         """Send each activated expert its rows; where each choice's value is to be found."""

@@ -19,6 +19,7 @@ from bmoe.ledger.follower import Follower
 from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, verify_cosignature
 from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.receipt import merge_receipts
+from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.tlog_proof import parse_proof
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
@@ -30,6 +31,7 @@ from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_
 from bmoe.storage.evidence import EvidenceReader, EvidenceStore
 from coordinator.answer import Answerer
 from coordinator.api_tokens import Access
+from coordinator.cache import Cache
 from coordinator.catalogue import Catalogue
 from coordinator.commit import Committer, answer_rows_max
 from coordinator.config import GatewaySettings
@@ -55,6 +57,7 @@ NAME = "coordinator"
 UP_CHANNELS = {"output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0)}
 FINAL_TIMEOUT_S = 30.0
 RECEIPT_TIMEOUT_S = 10.0
+IN_GOOD_STANDING = (Standing.PROBATION.value, Standing.TRUSTED.value)
 AGENTS_WAIT_S = 3.0
 AGENTS_LOOK_S = 0.05
 # JSON as large as this would hold up everybody else while it is parsed.
@@ -84,6 +87,7 @@ class Gateway:
         self.link = Link(link, on_message=self._on_message, on_up=self._on_up, on_down=self._on_down)
         self.access = Access(layout.api_tokens, settings.api_tokens_required)
         self.quotas = Quotas()
+        self.cache = Cache()
         self.finality = Finality(self.state)
         self.catalogue = Catalogue(self.state)
         self.counts = RequestCounts(self.catalogue.names)
@@ -151,6 +155,7 @@ class Gateway:
             sharer,
             self.committer,
             self.journal,
+            self.cache,
             signer,
             common,
             promise_ms=settings.promise_ms,
@@ -265,6 +270,7 @@ class Gateway:
             "requests": {"in_work": self.in_work, **answers},
             "tasks": tally.tasks,
             "tasks_running": self.decider.running,
+            "cache_hits": self.cache.hits,
             "undecided": tally.undecided,
             "outputs": tally.outputs,
             "hedges": tally.hedges,
@@ -296,6 +302,8 @@ class Gateway:
         self.finality.on_applied(applied)
         self.recovery.on_applied(message, applied)
         for event in applied.events:
+            if event.kind == "refuted" or (event.kind == "standing" and event.facts["after"] not in IN_GOOD_STANDING):
+                self.cache.clear()  # some of it may rest on the word of whom this is about
             if event.kind == "standing":
                 log.info("standing", **event.facts)
             elif event.kind == "rejected":

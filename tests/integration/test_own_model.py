@@ -37,7 +37,7 @@ def write_model(folder: Path) -> None:
     )  # fmt: skip
     model = Model(
         format=1, name="echo", version=1, licence="Apache-2.0", description="gives back its input", top_k=1,
-        combine="weighted_sum", labels=(), gate=None, experts=(expert,),
+        combine="weighted_sum", labels=(), gate=None, experts=(expert,), cacheable=True,
     )  # fmt: skip
     (folder / "model.json").write_bytes(render_manifest(model))
 
@@ -56,3 +56,15 @@ async def test_a_model_of_ones_own_with_large_outputs_is_served_verified_and_aud
         audited = verify_receipt(receipt, StateLayout(fleet.state).load_trust())
         assert audited.entry.request.hex() == answer.request
         assert not audited.recomputed or audited.relied_on, "openings as large as these are not in the receipt"
+        before = client.statistics()
+        again = await asyncio.to_thread(lambda: client.infer("echo", {"x": x}, wait="final"))
+        after = client.statistics()
+        assert np.array_equal(again.outputs["y"], x) and again.verdicts == answer.verdicts, "its manifest allows it"
+        assert (after["cache_hits"], after["tasks"]) == (before["cache_hits"] + 1, before["tasks"])
+        assert again.request != answer.request, "an answer of its own on the ledger, on the same verdict"
+        audited = verify_receipt(
+            await asyncio.to_thread(client.receipt, again.request), StateLayout(fleet.state).load_trust()
+        )
+        assert audited.entry.request.hex() == again.request
+        other = await asyncio.to_thread(lambda: client.infer("echo", {"x": x + 1}))
+        assert np.array_equal(other.outputs["y"], x + 1) and other.verdicts != answer.verdicts
