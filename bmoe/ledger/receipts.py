@@ -195,4 +195,4 @@ def read_reply(data: bytes) -> str:
         said = str(json.loads(data)["error"])[:300]
     except (ValueError, LookupError, TypeError) as wrong:
         raise InputError("the reply is neither a receipt nor an error") from wrong
-    raise UnavailableError(said)
+    raise UnavailableError(" ".join(said.split()) or "the validator gives no receipt, and no reason")

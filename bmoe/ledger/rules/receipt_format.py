@@ -108,7 +108,7 @@ def merge_receipts(texts: Sequence[str | bytes]) -> str:
 
 def _evidence(extra: bytes) -> Evidence:
     values = decode(extra, MAX_EXTRA_BYTES)
-    if type(values) is not dict or set(values) != set(range(7)) or values[0] != FORMAT:
+    if type(values) is not dict or set(values) != set(range(7)) or type(values[0]) is not int or values[0] != FORMAT:
         raise ProofError(f"the receipt's extra data is not in format {FORMAT}, the one read here")
     leaf = values[1]
     if type(leaf) is not bytes or len(leaf) > MAX_LEAF_BYTES:
