@@ -120,5 +120,5 @@ def load_settings(**overrides: Any) -> GatewaySettings:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
         raise ConfigError(f"settings: {faults}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"settings: gateway.toml cannot be read: {error}") from error

@@ -40,7 +40,7 @@ class DurableStorage(Storage):
         """The whole content; a damaged view is no loss, for the ledger has it all: it reads as empty."""
         try:
             return json.loads(self._path.read_bytes())
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
 
     def write(self, data: dict[str, dict[str, Any]]) -> None:

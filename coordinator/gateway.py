@@ -255,7 +255,7 @@ class Gateway:
             text = reply.data.decode()
             key = VerifierKey(validator, COSIGNATURE_V1, self.state.validators[validator])
             verify_cosignature(parse_proof(text).note, key)
-        except (ProofError, ValueError) as error:
+        except (ProofError, ValueError, RecursionError) as error:
             raise UnavailableError(f"{validator} gave no receipt of its own: {error}") from error
         return text
 

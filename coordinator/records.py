@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.protocol.encoding import bstr, decode, encode, read_bstrs
 from bmoe.protocol.errors import MessageError
 from bmoe.protocol.messages import MAX_TENSORS, tensor_specs, tensors_from
+from bmoe.protocol.schema import is_tensor_spec, is_uint
 from bmoe.protocol.tensors import Tensor
 from coordinator.jobs import Answered, Request, Result, ServedModel
 
 ATTACHMENTS_MAX = 4096
 # A model as it was when the request came; raises InputError when the ledger does not know that version.
 Models = Callable[[str, int], ServedModel]
+# A value's check, and what an error says was expected.
+Field = tuple[Callable[[Any], bool], str]
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class Submission:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Submission:
-        """The same again."""
-        head, *attachments = read_bstrs(data, 0, ATTACHMENTS_MAX)
-        flat, elsewhere = decode(head, 1024 * 1024)
+        """The same again; raises InputError for bytes that are damaged."""
+        head, *attachments = _strings(data, ATTACHMENTS_MAX)
+        values = decode(head, 1024 * 1024)
+        flat, elsewhere = _fitting(values, ((_is_pairs, "named fields"), (_is_blobs, "digests")))
         return cls(dict(zip(flat[::2], flat[1::2], strict=True)), tuple(attachments), elsewhere)
 
 
@@ -53,7 +58,7 @@ def pack_request(request: Request) -> bytes:
 def unpack_request(data: bytes, models: Models) -> Request:
     """The request again; raises InputError when its model is gone."""
     head, parts = _unpack(data)
-    request, (specs,) = _request(head, models)
+    request, (specs,) = _request(head, (_SPECS,), models)
     return request(tensors_from(specs, parts))
 
 
@@ -67,10 +72,14 @@ def pack_answered(answered: Answered) -> bytes:
 def unpack_answered(data: bytes, models: Models) -> Answered:
     """The answer again, over a request without inputs; raises InputError when its model is gone."""
     head, parts = _unpack(data)
-    request, (stage, tasks, specs) = _request(head, models)
+    request, (stage, tasks, specs) = _request(head, (_TEXT, (_is_tasks, "task ids"), _SPECS), models)
+    if len(parts) < 4:
+        raise MessageError(f"a record in the journal has {len(parts)} parts, an answer's 4 and its tensors")
     promise, salt, root, request_root, *data_parts = parts
     bare = request(())
     result = Result(tensors_from(specs, data_parts), salt, root, request_root, bare.salt)
+    if not set(bare.outputs) <= {t.name for t in result.tensors}:
+        raise MessageError(f"a record in the journal names the outputs {bare.outputs}, and holds others")
     return Answered(bare, result, tasks, stage, promise)
 
 
@@ -82,8 +91,11 @@ def _head(request: Request) -> list[Any]:
     ]  # fmt: skip
 
 
-def _request(head: tuple[Any, ...], models: Models) -> tuple[Callable[[tuple[Tensor, ...]], Request], tuple[Any, ...]]:
-    identity, tenant, name, version, rows, policy, wait, client_id, received_ms, outputs, salt, reply_to, *rest = head
+def _request(
+    head: Any, behind: tuple[Field, ...], models: Models
+) -> tuple[Callable[[tuple[Tensor, ...]], Request], tuple[Any, ...]]:
+    values = _fitting(head, _HEAD + behind)
+    identity, tenant, name, version, rows, policy, wait, client_id, received_ms, outputs, salt, reply_to, *rest = values
     model = models(name, version)
 
     def build(tensors: tuple[Tensor, ...]) -> Request:
@@ -99,8 +111,49 @@ def _pack(head: list[Any], tensors: Sequence[Tensor], parts: Sequence[bytes]) ->
     return b"".join(map(bstr, [encode([*head, specs]), *parts, *(t.data for t in tensors)]))
 
 
-def _unpack(data: bytes) -> tuple[tuple[Any, ...], tuple[bytes, ...]]:
-    parts = read_bstrs(data, 0, MAX_TENSORS + 8)
+def _unpack(data: bytes) -> tuple[Any, tuple[bytes, ...]]:
+    parts = _strings(data, MAX_TENSORS + 8)
+    return decode(parts[0]), parts[1:]
+
+
+def _strings(data: bytes, count_max: int) -> tuple[bytes, ...]:
+    parts = read_bstrs(data, 0, count_max)
     if not parts:
         raise MessageError("an empty record in the journal")
-    return decode(parts[0]), parts[1:]
+    return parts
+
+
+def _fitting(values: Any, fields: Sequence[Field]) -> tuple[Any, ...]:
+    """The values, once they are known to be what was written: a disk may give back something else."""
+    if type(values) is not tuple or len(values) != len(fields):
+        raise MessageError(f"a record in the journal has no {len(fields)} fields: it is damaged")
+    for value, (check, expected) in zip(values, fields, strict=True):
+        if not check(value):
+            raise MessageError(f"a record in the journal must have {expected}, found {short(value)}: it is damaged")
+    return values
+
+
+def _is_pairs(value: Any) -> bool:
+    return type(value) is tuple and len(value) % 2 == 0 and all(type(name) is str for name in value[::2])
+
+
+def _is_blobs(value: Any) -> bool:
+    return type(value) is tuple and all(type(item) is bytes for item in value)
+
+
+def _is_tasks(value: Any) -> bool:
+    return _is_blobs(value) and all(len(task) == 16 for task in value)
+
+
+def _is_names(value: Any) -> bool:
+    return type(value) is tuple and all(type(item) is str for item in value)
+
+
+_TEXT: Field = (lambda value: type(value) is str, "text")
+_NUMBER: Field = (is_uint, "a number")
+_ID: Field = (lambda value: type(value) is bytes and len(value) == 16, "16 bytes")
+_SPECS: Field = (lambda value: type(value) is tuple and all(map(is_tensor_spec, value)), "[name, dtype, dims]")
+# The order of `_head`.
+_HEAD: tuple[Field, ...] = (
+    _ID, _TEXT, _TEXT, _NUMBER, _NUMBER, _TEXT, _TEXT, _TEXT, _NUMBER, (_is_names, "names of outputs"), _ID, _TEXT,
+)  # fmt: skip

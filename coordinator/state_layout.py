@@ -85,7 +85,7 @@ class StateLayout:
             return str(json.loads(self.reach.read_bytes())[name])
         except (FileNotFoundError, KeyError):
             return "127.0.0.1"
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(f"{self.reach} is damaged: bring the gateway up again to write it anew") from error
 
     def api_tls(self) -> bool:

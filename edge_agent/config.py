@@ -84,5 +84,5 @@ def load_settings(**flags: Any) -> AgentSettings:
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors()]
         raise ConfigError(f"settings: {'; '.join(faults)}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"settings: the configuration file cannot be read: {error}") from None

@@ -128,7 +128,7 @@ def _refusal(response: http.client.HTTPResponse, path: str) -> Exception:
     body = _read(response, 4096, path)
     try:
         text = str(json.loads(body)["error"])[:300]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         text = response.reason
     line = f"{path}: {' '.join(text.split())} ({response.status})"
     return RefusedError(line) if 400 <= response.status < 500 and response.status != 429 else UnavailableError(line)

@@ -70,7 +70,7 @@ def load_identity(state: Path) -> Identity:
         if missing.filename != str(path):
             raise ConfigError(f"{missing.filename} is missing: restore it or join again with --force") from None
         raise ConfigError(f"this device has not joined a gateway (no {path}): run `bmoe-agent join TOKEN`") from None
-    except (OSError, ValueError, KeyError, TypeError, InputError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, InputError) as error:
         raise ConfigError(f"{path} cannot be used ({error!r}): restore it or join again with --force") from None
 
 

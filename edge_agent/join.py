@@ -203,6 +203,6 @@ def _folder_of(state: Path) -> Path | None:
     """The folder of the identity that is replaced, if it names one of ours."""
     try:
         name = json.loads(identity_file(state).read_bytes())["folder"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return identity_file(state).parent / name if re.fullmatch(r"[0-9a-f]{16}", str(name)) else None

@@ -105,7 +105,7 @@ class FolderSource:
         """The id of the request whose answer lies beside the file's place, if any does."""
         try:
             return str(json.loads((self._folder / (name + ANSWER)).read_bytes())["id"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             return ""
 
     def _write(self, name: str, values: dict[str, Any]) -> None:

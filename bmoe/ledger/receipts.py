@@ -193,6 +193,6 @@ def read_reply(data: bytes) -> str:
             raise InputError("the reply is neither a receipt nor an error") from error
     try:
         said = str(json.loads(data)["error"])[:300]
-    except (ValueError, LookupError, TypeError) as wrong:
+    except (ValueError, LookupError, TypeError, RecursionError) as wrong:
         raise InputError("the reply is neither a receipt nor an error") from wrong
     raise UnavailableError(" ".join(said.split()) or "the validator gives no receipt, and no reason")

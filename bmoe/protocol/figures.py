@@ -68,7 +68,7 @@ def read_figures(path: Path) -> tuple[Figures, float]:
         raise InputError(f"{path} holds more than {FILE_BYTES} bytes")
     try:
         found = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no JSON: {error}") from error
     if not isinstance(found, dict) or not all(type(value) in (int, float) for value in found.values()):
         raise InputError(f"{path} holds no figures, expected an object of numbers")

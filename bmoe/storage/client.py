@@ -114,7 +114,7 @@ class GatewayClient:
 def _refusal(status: int, body: bytes, path: str) -> Exception:
     try:
         said = str(json.loads(body)["error"])[:300]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         said = f"status {status}"
     error = RefusedError if status in (401, 403) else UnavailableError
     return error(f"gateway {path}: {said}")

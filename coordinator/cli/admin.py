@@ -38,7 +38,7 @@ class Admin:
             connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
             response = connection.getresponse()
             reply = json.loads(response.read(1024 * 1024))
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise UnavailableError(f"the registrar on port {self._port} does not answer: {error}") from error
         finally:
             connection.close()

@@ -27,7 +27,7 @@ def read_inputs(file: Path, client: Client, model: str) -> dict[str, np.ndarray]
         return {i["name"]: _array(i) for i in body["inputs"]}
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, EOFError) as error:
+    except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
         raise InputError(f"{file} is no .npy, .npz or JSON infer body: {error}") from error
 
 

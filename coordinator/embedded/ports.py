@@ -66,7 +66,7 @@ def _read(path: Path) -> dict[str, int]:
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: repair it, or delete it and tell the agents") from error
     if not isinstance(data, dict) or not all(type(port) is int and 0 < port < 65536 for port in data.values()):
         raise ConfigError(f"{path} must map names to ports 1..65535: repair it, or delete it and tell the agents")

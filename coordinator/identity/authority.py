@@ -57,7 +57,7 @@ def check_csr(pem: str) -> x509.CertificateSigningRequest:
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise MessageError("a certificate request must be for a P-256 key")
         valid = csr.is_signature_valid
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion) as error:
         raise MessageError(f"not a certificate request in PEM: {error or type(error).__name__}") from None
     if not valid:
         raise MessageError("the certificate request is not signed by its own key")

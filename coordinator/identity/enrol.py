@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def read_request(body: Any) -> Applicant:
 def _proof(body: dict[str, Any], token: bytes, digest: bytes) -> Enrolment:
     try:
         raw = base64.b64decode(_text(body, "enrolment", 8192), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; text that is not ASCII raises another
         raise MessageError(f"enrolment must be base64: {error}") from None
     sealed = open_message(Enrolment, raw)
     header = sealed.header

@@ -17,7 +17,7 @@ from targets_wire import golden
 
 from bmoe.ledger import receipts
 from bmoe.ledger.rules.checkpoint import parse_checkpoint, parse_note, parse_vkey
-from bmoe.ledger.rules.entries import Entry, Rejected, parse_entry
+from bmoe.ledger.rules.entries import MAX_LEAF_BYTES, Entry, Rejected, parse_entry
 from bmoe.ledger.rules.fold import apply_message
 from bmoe.ledger.rules.frames import build_frame, parse_frame
 from bmoe.ledger.rules.merkle import leaf_hash, merkle_root, row_proof, verify_consistency, verify_inclusion
@@ -75,7 +75,7 @@ def _frame(data: bytes) -> bytes:
 
 def _fold(data: bytes) -> None:
     """Entries in a frame that is in order: what the rules make of it is a leaf, never an exception, not even a caught one."""
-    fleet = ledger().fleet
+    fleet, data = ledger().fleet, data[:MAX_LEAF_BYTES]
     state = copy.deepcopy(fleet.state)
     try:
         entry = parse_entry(data)
