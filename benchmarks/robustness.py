@@ -2,7 +2,8 @@
 
     python -m benchmarks.robustness            (make robustness; the data: make data)
 
-`full` is the paper's scheme: every agent computes, the largest group wins. `referee` is ours. Both ask the same fleet.
+`full` is the paper's scheme, the vote alone: every agent computes, the largest group wins, nobody checks or complains.
+`referee` is ours, with all that stands behind it. Each asks a fresh fleet of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from bmoe.storage.packaged import packaged
 AGENTS = 10
 ROWS = 10
 LIARS = (0, 2, 4, 5, 6, 8)
-POLICIES = ("full", "referee")
+# By policy, what the fleet's processes are told. For the vote alone: next to no spot checks, and no complaints.
+POLICIES = {
+    "full": {"BMOE_SPOT_START": "1e-9", "BMOE_SPOT_FLOOR": "1e-9", "BMOE_AGENT_COMPLAINTS_PER_MINUTE": "0"},
+    "referee": {},
+}
 RESULTS = Path("docs/results/robustness.md")
 
 
@@ -73,22 +78,18 @@ def ask(fleet: LocalFleet, policy: str, images: np.ndarray, labels: np.ndarray) 
     return right, unanswered
 
 
-async def measure(liars: int, images: np.ndarray, labels: np.ndarray, folder: Path) -> list[Point]:
-    """Both policies on one fresh fleet with so many liars; `full` first, before anybody is found out."""
-    points = []
-    chosen = set(range(liars))
-    async with LocalFleet(
-        folder, specs(AGENTS, liars=chosen, seed=liars), gateway_flags=("--model", "fashion")
-    ) as fleet:
+async def measure(liars: int, policy: str, images: np.ndarray, labels: np.ndarray, folder: Path) -> Point:
+    """One policy on a fresh fleet with so many liars."""
+    agents = specs(AGENTS, liars=set(range(liars)), seed=liars)
+    flags = ("--model", "fashion")
+    async with LocalFleet(folder, agents, gateway_flags=flags, environment=POLICIES[policy]) as fleet:
         await fleet.start()
-        for policy in POLICIES:
-            before = fleet.client().statistics()
-            right, unanswered = await asyncio.to_thread(ask, fleet, policy, images, labels)
-            after = fleet.client().statistics()
-            did = sum(after[key] - before[key] for key in ("outputs", "late_outputs", "referee_executions"))
-            executions = did / max(1, after["tasks"] - before["tasks"])
-            points.append(Point(liars, policy, right / len(labels), unanswered, executions))
-    return points
+        before = fleet.client().statistics()
+        right, unanswered = await asyncio.to_thread(ask, fleet, policy, images, labels)
+        after = fleet.client().statistics()
+        did = sum(after[key] - before[key] for key in ("outputs", "late_outputs", "referee_executions"))
+        executions = did / max(1, after["tasks"] - before["tasks"])
+        return Point(liars, policy, right / len(labels), unanswered, executions)
 
 
 def table(points: Sequence[Point]) -> str:
@@ -108,8 +109,8 @@ def report(points: Sequence[Point], count: int) -> str:
     return f"""# How many liars each policy bears
 
 Made by `make robustness`: {count} held-out Fashion-MNIST pictures under each policy, in requests of {ROWS}; {AGENTS} agents
-of as many owners, the liars colluding on one wrong class; a fresh fleet for each share of liars, asked under `full` first.
-`full` is our own implementation of the paper's vote; `referee` is the default.
+of as many owners, the liars colluding on one wrong class; a fresh fleet for each row. `full` is our own implementation of
+the paper's vote, and nothing else: no spot checks, no complaints. `referee` is the default, as it comes.
 
 {table(points)}
 
@@ -124,7 +125,8 @@ async def run(count: int, seed: int) -> list[Point]:
     points: list[Point] = []
     with tempfile.TemporaryDirectory(prefix="bmoe-robustness-") as folder:
         for liars in LIARS:
-            for p in await measure(liars, images[chosen], labels[chosen], Path(folder) / str(liars)):
+            for policy in POLICIES:
+                p = await measure(liars, policy, images[chosen], labels[chosen], Path(folder) / f"{policy}-{liars}")
                 told = f"{100 * p.right:.1f} % right, {p.executions:.2f} executions a task"
                 print(f"{p.liars} of {AGENTS} malicious, {p.policy}: {told}", flush=True)
                 points.append(p)

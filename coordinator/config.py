@@ -59,6 +59,12 @@ class GatewaySettings(BaseSettings):
     task_timeout_ms: int = Field(10_000, ge=50, le=600_000, description="How long an agent has for a task.")
     hedge_min_ms: int = Field(200, ge=1, description="Never ask another agent sooner than this after the first.")
     referee_timeout_ms: int = Field(10_000, ge=50, description="How long a re-execution may take.")
+    spot_start: float = Field(
+        0.25, gt=0, le=1, description="Chance that the embedded validator executes a verdict again, in a young fleet."
+    )
+    spot_floor: float = Field(
+        0.02, gt=0, le=1, description="Chance that it never falls below, however clean the record."
+    )
     promise_ms: int = Field(30_000, ge=1000, description="Deadline promised for the entry of a decided answer.")
     metrics_host: str = Field("127.0.0.1", description="Address that /metrics listens on; it asks for no token.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one and remembers it.")

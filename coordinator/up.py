@@ -203,6 +203,8 @@ def _validator(settings: GatewaySettings, name: str, ports: dict[str, int]) -> C
         "gateway": f"https://{_bracketed(settings.dial_host)}:{ports['fleet']}",
         "mqtt-host": settings.dial_host,
         "mqtt-port": ports["broker.mqtt"],
+        "spot-start": max(settings.spot_start, settings.spot_floor),
+        "spot-floor": settings.spot_floor,
     }
     flags = [text for key, value in arguments.items() for text in (f"--{key}", str(value))]
     return _child(settings, name, ("-m", "bmoe.ledger.validator", *flags))
