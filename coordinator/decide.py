@@ -12,7 +12,7 @@ import structlog
 
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY
 from bmoe.ledger.rules.frames import INLINE_BYTES
-from bmoe.ledger.rules.outputs import tolerances_of
+from bmoe.ledger.rules.outputs import comparable, tolerances_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.state import State
@@ -260,7 +260,7 @@ class Decider:
         received = {a: r.envelope for a, r in collection.received.items()}
         by_referee = decision.accepted == BY_REFEREE
         small = accepted is not None and len(accepted.opening) <= INLINE_BYTES
-        value = Candidate("accepted", tuple(t.data for t in accepted.tensors)) if accepted and small else None
+        value = Candidate("accepted", comparable(accepted.tensors, job.expert)) if accepted and small else None
         self.late.remember(
             Done(job.binding, job.expert, frozenset(collection.assigned), received, value, by_referee and small)
         )

@@ -19,6 +19,7 @@ from coordinator.jobs import Request, ServedModel
 
 GATE_TIMEOUT_S = 5.0
 ROWS_MAX = 256
+FLOATS = ("float16", "float32", "float64")
 # The gate's digest, top_k, and the dims behind axis 0: only rows of one shape can lie in one batch.
 Key = tuple[bytes, int, tuple[tuple[int, ...], ...]]
 
@@ -112,11 +113,13 @@ class Gate:
             start += request.rows
 
     async def _run(self, model: ServedModel, gate: Release, inputs: Sequence[Tensor], rows: int) -> np.ndarray:
-        """Scores, float32 [rows, experts]."""
+        """Scores, float [rows, experts]. A gate may look at some of the model's inputs alone."""
         file = ExpertFile(gate.digest, self._blobs / gate.digest.hex())
-        result = await self._runner.run(file, inputs, timeout_s=GATE_TIMEOUT_S)
-        check_specs(result.outputs, gate.outputs, rows)
-        scores = np.frombuffer(result.outputs[0].data, "<f4").reshape(rows, -1)
+        wanted = {spec[0] for spec in gate.inputs}
+        result = await self._runner.run(file, [t for t in inputs if t.name in wanted], timeout_s=GATE_TIMEOUT_S)
+        check_specs(result.outputs, gate.outputs, rows if gate.batch else None)
+        given = next(t for t in result.outputs if t.dtype in FLOATS)  # the one that a manifest's gate has
+        scores = np.frombuffer(given.data, np.dtype(given.dtype).newbyteorder("<")).reshape(rows, -1)
         if scores.shape[1] != len(model.experts) or not np.isfinite(scores).all() or (scores < 0).any():
             raise InferenceError(f"the gate of {model.name} gave scores that are not finite weights for its experts")
         return scores

@@ -13,7 +13,6 @@ import secrets
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -23,11 +22,9 @@ from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.errors import ConfigError
 from bmoe.protocol.figures import hand_on
-from bmoe.protocol.files import sync_folder, write_durably
+from bmoe.protocol.files import write_durably
 from bmoe.protocol.keys import Signer
-from bmoe.storage.manifest import load_model, parts, read_part
-from bmoe.storage.packaged import packaged
-from coordinator.cli.admin import ADMIN, Admin
+from coordinator.cli.admin import ADMIN
 from coordinator.config import GatewaySettings
 from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
 from coordinator.embedded.nats_server import prepare_broker, prepare_ledger
@@ -36,6 +33,7 @@ from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
 from coordinator.identity.infrastructure import SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs
+from coordinator.models.publish import model_folder, publish
 from coordinator.process_figures import ProcessFigures
 from coordinator.state_layout import StateLayout
 
@@ -142,7 +140,7 @@ async def start_gateway(
         _child(settings, "registrar", ("-m", "coordinator.identity.registrar", "--state", str(settings.state)))
     )
     await asyncio.gather(
-        asyncio.to_thread(_publish_models, settings, layout),
+        asyncio.to_thread(_publish_models, settings),
         *(supervisor.start(_validator(settings, name, ports)) for name in VALIDATORS),
     )
     await supervisor.start(_child(settings, COORDINATOR, ("-m", "coordinator.service", "--state", str(settings.state))))
@@ -179,20 +177,10 @@ async def _make_streams(layout: StateLayout, port: int) -> None:
         await stream.close()
 
 
-def _publish_models(settings: GatewaySettings, layout: StateLayout) -> None:
+def _publish_models(settings: GatewaySettings) -> None:
     """Stage each model's files by digest, then have the registrar enter its releases; a repeat changes nothing."""
     for given in settings.models:
-        folder = Path(given) if "/" in given else packaged("models", given)
-        model = load_model(folder)
-        private_dir(layout.blobs)
-        for part in parts(model):
-            path = layout.blobs / part.sha256
-            if not path.exists():
-                write_durably(path, read_part(folder, part))
-        sync_folder(layout.blobs)
-        Admin(settings.state).call(
-            "POST", f"/v1/admin/releases?owner={BUILT_IN_OWNER}", (folder / "model.json").read_bytes()
-        )
+        publish(settings.state, model_folder(given), BUILT_IN_OWNER)
 
 
 def _validator(settings: GatewaySettings, name: str, ports: dict[str, int]) -> Child:

@@ -54,7 +54,7 @@ class RunResult:
 class _Worker:
     """One life of the child process."""
 
-    def __init__(self, settings: Sequence[int]) -> None:
+    def __init__(self, settings: Sequence[int | str]) -> None:
         ours, theirs = socket.socketpair()
         self.log = os.memfd_create("bmoe-inference-log")
         self.link = ours
@@ -135,13 +135,14 @@ class Runner:
     """Runs experts one at a time, first come first served, in a child process that is replaced whenever it dies.
 
     `memory_mb` bounds what experts, their inputs and outputs use together in the child; `max_sessions` how many stay
-    loaded; `nice` is added to the child's niceness. The child dies with the thread that runs the event loop.
+    loaded; `nice` is added to the child's niceness; `variant` is another way to compute, of `sessions.VARIANTS`. The
+    child dies with the thread that runs the event loop.
     """
 
-    def __init__(self, *, memory_mb: int = 512, max_sessions: int = 16, nice: int = 0) -> None:
+    def __init__(self, *, memory_mb: int = 512, max_sessions: int = 16, nice: int = 0, variant: str = "") -> None:
         if memory_mb < 1 or max_sessions < 1:
             raise ConfigError(f"memory_mb and max_sessions must be at least 1, got {memory_mb} and {max_sessions}")
-        self._settings = (memory_mb, max_sessions, nice)
+        self._settings = (memory_mb, max_sessions, nice, variant)
         self._max_bytes = memory_mb << 20
         self._lock = asyncio.Lock()
         self._worker: _Worker | None = None

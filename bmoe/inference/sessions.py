@@ -26,6 +26,15 @@ DTYPES = {
 }  # fmt: skip
 LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in DTYPES.values()}
 PROVIDERS = ["CPUExecutionProvider"]
+# Graph optimisations, threads, precise INT8. Tasks are run with the first; the last shows what INT8 loses without it.
+VARIANTS = {
+    "": ("ENABLE_ALL", 1, "1"),
+    "extended": ("ENABLE_EXTENDED", 1, "1"),
+    "basic": ("ENABLE_BASIC", 1, "1"),
+    "plain": ("DISABLE_ALL", 1, "1"),
+    "threads": ("ENABLE_ALL", 2, "1"),
+    "saturating": ("ENABLE_ALL", 1, "0"),
+}
 
 
 class Slot(NamedTuple):
@@ -63,24 +72,30 @@ def read_model(path: str, digest: bytes, max_bytes: int) -> bytes:
     return data
 
 
-def session_options() -> onnxruntime.SessionOptions:
-    """Options under which equal inputs give equal bytes, and memory goes back when a run is over."""
+def session_options(variant: str = "") -> onnxruntime.SessionOptions:
+    """Options under which equal inputs give equal bytes, and memory goes back when a run is over.
+
+    `variant`: one of VARIANTS, other honest ways to compute the same, from whose differences a tolerance is measured.
+    """
+    level, threads, precise = VARIANTS[variant]
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.enable_cpu_mem_arena = False
     options.log_severity_level = 4  # errors come as exceptions
     # Without it INT8 on x86 saturates and differs from ARM by up to 9 % of the range.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    options.add_session_config_entry("session.x64quantprecision", precise)
     # An expert is one file, the one whose digest was signed: look for others where none can be.
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     return options
 
 
-def open_expert(data: bytes) -> Expert:
+def open_expert(data: bytes, variant: str = "") -> Expert:
     """A session over the bytes of a model. Raises ModelError, MemoryError."""
     try:
-        session = onnxruntime.InferenceSession(data, session_options(), providers=PROVIDERS)
+        session = onnxruntime.InferenceSession(data, session_options(variant), providers=PROVIDERS)
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime's errors share no base class of their own

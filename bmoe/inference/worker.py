@@ -34,10 +34,11 @@ Reply = tuple[int, list[bytes]]
 class Cache:
     """The loaded experts by digest, the longest unused one first."""
 
-    def __init__(self, max_sessions: int, max_bytes: int) -> None:
+    def __init__(self, max_sessions: int, max_bytes: int, variant: str = "") -> None:
         self.experts: OrderedDict[bytes, sessions.Expert] = OrderedDict()
         self.max_sessions = max_sessions
         self.max_bytes = max_bytes
+        self.variant = variant
         self.seen: set[bytes] = set()
 
     def answer(self, kind: int, digest: bytes, parts: Sequence[np.ndarray] | None) -> Reply:
@@ -58,7 +59,7 @@ class Cache:
         while len(self.experts) >= self.max_sessions:
             self.experts.popitem(last=False)
         self.seen.add(digest)
-        self.experts[digest] = sessions.open_expert(sessions.read_model(path, digest, self.max_bytes))
+        self.experts[digest] = sessions.open_expert(sessions.read_model(path, digest, self.max_bytes), self.variant)
 
 
 def reply_to(cache: Cache, kind: int, digest: bytes, parts: Sequence[np.ndarray] | None) -> Reply:
@@ -151,7 +152,7 @@ def limit_resources(max_bytes: int) -> None:
 
 
 def main() -> None:
-    parent, memory_mb, max_sessions, nice = map(int, sys.argv[1:])
+    parent, memory_mb, max_sessions, nice = map(int, sys.argv[1:5])
     for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the runner decides
         signal.signal(ignored, signal.SIG_IGN)
     die_with_parent(parent)
@@ -160,7 +161,7 @@ def main() -> None:
     stream = socket.socket(fileno=0).makefile("rwb", PIECE_BYTES)
     assert isinstance(stream, BufferedRWPair)
     with contextlib.suppress(OSError):  # the runner is gone
-        serve(stream, Cache(max_sessions, memory_mb << 20))
+        serve(stream, Cache(max_sessions, memory_mb << 20, sys.argv[5]))
     os._exit(0)  # nothing here needs the interpreter's slow farewell
 
 

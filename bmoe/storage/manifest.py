@@ -4,8 +4,10 @@ A manifest names every file of a model with its size and SHA-256, and says what 
 know without opening the file: tensors, tolerance (epsilon), memory, opset, golden pair. JSON, UTF-8, at most 1 MiB.
 Unknown keys are refused, so a field that a later format adds is never half understood. Standard library only.
 
-The gate: its inputs are the experts' inputs; its output `scores` is float32 [rows, experts], softmaxed. The `top_k`
-highest scores are activated (ties: the lower index) and renormalised to sum 1; `weighted_sum` adds weight * output.
+The gate: its inputs are some or all of the experts' inputs; its one float output scores the experts of each row, never
+below 0 (a softmax). The `top_k` highest scores are activated (ties: the lower index) and renormalised to sum 1;
+`weighted_sum` adds weight * output in float64, and with `top_k` 1 takes the one output as it is, whatever its dtype.
+Without a gate there is one expert, and its output is the answer.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ COMBINES = ("weighted_sum",)
 FLOAT_DTYPES = ("float32", "float64", "float16")
 DTYPES = (*FLOAT_DTYPES, "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
-_NAME = re.compile(r"[a-z0-9-]{1,32}")
+_NAME = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,30}[a-z0-9])?")
 _TENSOR_NAME = re.compile(r"[!-~]{1,128}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -66,7 +68,8 @@ class Golden:
 
 @dataclass(frozen=True)
 class Expert:
-    """One ONNX file, an expert or the gate. `batch`: axis 0 of every input and output counts independent rows."""
+    """One ONNX file, an expert or the gate. `batch`: axis 0 of every input and output counts independent rows, so that
+    requests may share a run; without it one request is one run."""
 
     name: str
     file: str
@@ -186,7 +189,7 @@ _input: dict[str, Read] = {
     "dtype": one_of(*DTYPES),
     "dims": list_of(or_null(integer(1, 2**31 - 1)), 0, MAX_RANK),
 }
-_name = text(_NAME, "1..32 of a-z, 0-9, '-'")
+_name = text(_NAME, "1..32 of a-z, 0-9, '-', no '-' at either end")
 _licence = text(_LICENCE, "1..128 printable ASCII characters")
 _expert = object_of(
     Expert,
@@ -234,8 +237,10 @@ def _check_whole(model: Model) -> None:
         raise wrong("$.top_k", f"at most the {len(model.experts)} experts there are", model.top_k)
     for path, expert in named:
         _check_tensors(path, expert)
-        _check_same(f"{path}.inputs", model.experts[0].inputs, expert.inputs)
+        if expert.batch != model.experts[0].batch:
+            raise wrong(f"{path}.batch", f"that of $.experts[0], {model.experts[0].batch}", expert.batch)
         if expert is not model.gate:
+            _check_same(f"{path}.inputs", model.experts[0].inputs, expert.inputs)
             _check_same(f"{path}.outputs", model.experts[0].outputs, expert.outputs)
     if model.labels and not any(spec.dims[-1:] == (len(model.labels),) for spec in model.experts[0].outputs):
         raise wrong("$.labels", "as many labels as an output's last dim", f"{len(model.labels)} labels")
@@ -255,20 +260,33 @@ def _check_tensors(path: str, expert: Expert) -> None:
 
 
 def _check_gate(model: Model) -> None:
-    count = len(model.experts)
-    if model.gate is None:
+    count, gate = len(model.experts), model.gate
+    if gate is None:
         if count != 1:
             raise wrong("$.gate", f"a gate for {count} experts", None)
         return
-    scores = [("scores", "float32", (None, count))]
-    if _signature(model.gate.outputs) != scores:
-        raise wrong("$.gate.outputs", f"exactly {scores}", _signature(model.gate.outputs))
-    for index, expert in enumerate(model.experts):
-        # The gate weighs row by row, so each expert's rows must be apart, and weights need floats.
-        if not expert.batch:
-            raise wrong(f"$.experts[{index}].batch", "true, for there is a gate", expert.batch)
-        if any(spec.dtype not in FLOAT_DTYPES for spec in expert.outputs):
-            raise wrong(f"$.experts[{index}].outputs", "floats, for there is a gate", _signature(expert.outputs))
+    known = {spec.name: spec for spec in model.experts[0].inputs}
+    for index, spec in enumerate(gate.inputs):
+        if known.get(spec.name) != spec:
+            expected = f"an input that the experts have too: one of {_signature(model.experts[0].inputs)}"
+            raise wrong(f"$.gate.inputs[{index}]", expected, _signature([spec])[0])
+    floats = [spec for spec in gate.outputs if spec.dtype in FLOAT_DTYPES]
+    if len(floats) != 1 or not _scores(floats[0].dims, gate.batch, count):
+        rows = "[null, " if gate.batch else "[1, "
+        raise wrong("$.gate.outputs", f"one float output, the scores {rows}{count}]", _signature(gate.outputs))
+    for index, spec in enumerate(model.experts[0].outputs):
+        # There is no sum of weighted labels: the one expert's output can be taken, several cannot be mixed.
+        if model.top_k > 1 and spec.dtype not in FLOAT_DTYPES:
+            raise wrong(
+                f"$.experts[0].outputs[{index}].dtype", "a float, or top_k 1, for the gate's weights", spec.dtype
+            )
+
+
+def _scores(dims: tuple[int | None, ...], batch: bool, count: int) -> bool:
+    """Whether these can be the dims of scores for `count` experts: of each row, or of the one row there is."""
+    if dims[-1:] not in ((count,), (None,)):
+        return False
+    return (len(dims) == 2 and (batch or dims[0] in (1, None))) or (not batch and len(dims) == 1)
 
 
 def _signature(specs: Sequence[TensorSpec]) -> list[tuple[str, str, tuple[int | None, ...]]]:

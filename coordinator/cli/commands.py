@@ -17,6 +17,7 @@ from bmoe.client import Client
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
 from coordinator.api_tokens import TokenFile
 from coordinator.cli.admin import Admin
+from coordinator.cli.model import model_app
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.state_layout import StateLayout
@@ -31,6 +32,7 @@ app = typer.Typer(
 token_app = typer.Typer(help="One-time tokens with which boards join.", no_args_is_help=True)
 device_app = typer.Typer(help="Enrolled devices.", no_args_is_help=True)
 api_token_app = typer.Typer(help="Bearer tokens with which clients ask the API.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
 app.add_typer(token_app, name="token")
 app.add_typer(api_token_app, name="api-token")
 app.add_typer(device_app, name="device")
@@ -51,7 +53,9 @@ def up(
     api_port: Annotated[int | None, typer.Option(help="Port of the inference API; 0 takes a free one.")] = None,
     mqtt_port: Annotated[int | None, typer.Option(help="Broker port for agents.")] = None,
     fleet_port: Annotated[int | None, typer.Option(help="HTTPS port for joining and fetching.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Built-in model or folder; may be repeated.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "--models", help="Built-in model or folder; may be repeated.")
+    ] = None,
     policy: Annotated[str | None, typer.Option(help="Default policy: referee, quorum, full or single.")] = None,
 ) -> None:
     """Bring a whole gateway up: broker, ledger, registrar, validator, coordinator. Ctrl-C stops it cleanly.

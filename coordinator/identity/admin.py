@@ -25,13 +25,15 @@ TTL_S = 3600
 @dataclass(frozen=True)
 class Desk:
     """What the operator's routes need. `url` goes into tokens; `revoke(name, reason)` gives the number of sessions
-    ended; `publish(model, manifest, owner)` the ledger position, 0 where the ledger has that version already."""
+    ended; `publish(model, manifest, owner)` the ledger position, 0 where the ledger has that version already;
+    `models()` those that are served."""
 
     fleet: Fleet
     tokens: TokenStore
     url: str
     revoke: Callable[[str, str], Awaitable[int]]
     publish: Callable[[Model, bytes, str], Awaitable[int]]
+    models: Callable[[], list[dict[str, Any]]] = list
 
     def now_ms(self) -> int:
         """Now, in ms since 1970."""
@@ -47,6 +49,7 @@ def add_admin_routes(app: FastAPI, desk: Desk) -> None:
         ("/v1/admin/devices", "GET", _list_devices),
         ("/v1/admin/devices/{name}/revoke", "POST", _revoke_device),
         ("/v1/admin/releases", "POST", _publish_model),
+        ("/v1/admin/models", "GET", _list_models),
     ):
         app.add_route(path, partial(_for_operator, desk, handler), [method])
 
@@ -113,6 +116,10 @@ async def _publish_model(desk: Desk, request: Request) -> dict[str, Any]:
     position = await desk.publish(model, manifest, str(owner))
     desk.fleet.report("model_published", model=model.name, version=model.version, owner=owner, position=position)
     return {"model": model.name, "version": model.version, "position": position}
+
+
+async def _list_models(desk: Desk, request: Request) -> dict[str, Any]:
+    return {"models": desk.models()}
 
 
 def _devices(fleet: Fleet) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ from coordinator.identity.https import fleet_serving, server_tls
 from coordinator.identity.infrastructure import ADMIN, SERVER, Identity, open_identity
 from coordinator.identity.jwt import Issuer
 from coordinator.identity.kick import Kicker
-from coordinator.identity.releases import release_entries
+from coordinator.identity.releases import check_publishable, release_entries
 from coordinator.identity.server import Fleet, make_app
 from coordinator.identity.tokens import TokenStore
 from coordinator.logs import set_up_logs
@@ -113,16 +113,26 @@ class Registrar:
         return ended
 
     async def publish(self, model: Model, manifest: bytes, owner: str) -> int:
-        """Enter a model and its releases; the position of their frame, or 0 when the ledger has this very version."""
+        """Enter a model and its releases; the position of their frame, or 0 when the ledger has this very version.
+
+        Raises RefusedError for what the ledger's rules would refuse, and for an older version than the one served.
+        """
         digest = hashlib.sha256(manifest).digest()
         if _published(self._desk.state, model, digest):
             return 0
+        check_publishable(self._desk.state, model)
         now_ms = time.time_ns() // 1_000_000
         entries = release_entries(self.identity.registrar, self._desk, model, digest, owner, now_ms)
         position = await self._desk.enter(*entries)
         if not _published(self._desk.state, model, digest):
             raise LedgerError(f"the ledger did not accept {model.name} {model.version}: see its rejected entries")
         return position
+
+    def _models(self) -> list[dict[str, Any]]:
+        return [
+            {"name": m.model, "version": m.version, "manifest": m.manifest.hex(), "experts": len(m.experts)}
+            for _, m in sorted(self._desk.state.models.items())
+        ]
 
     async def _open_ledger(self, stack: contextlib.AsyncExitStack, port: int) -> asyncio.Task[None]:
         trust = self.layout.load_trust()
@@ -172,7 +182,7 @@ class Registrar:
         )
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"
-        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, self.publish))
+        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, self.publish, self._models))
         return app
 
     async def _sweep_sessions(self) -> None:
@@ -197,8 +207,8 @@ class Registrar:
 
 
 def _published(state: State, model: Model, digest: bytes) -> bool:
-    found = state.models.get(model.name)
-    return found is not None and (found.version, found.manifest) == (model.version, digest)
+    found = state.versions.get((model.name, model.version))
+    return found is not None and found.manifest == digest
 
 
 def _dialled(settings: GatewaySettings) -> str:

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from bmoe.ledger.rules.entries import Entry, ModelEntry, ReleaseEntry
-from bmoe.protocol.errors import RefusedError
+from bmoe.ledger.rules.state import State
+from bmoe.protocol.errors import ModelError, RefusedError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import ModelRelease, Release, seal_message
 from bmoe.storage.manifest import Expert, Model, TensorSpec
+from bmoe.storage.onnx_file import read_onnx_file
+from bmoe.storage.onnx_rules import check_declared, check_servable
 from coordinator.identity.enrol import LedgerPort
 
 
@@ -28,6 +31,33 @@ def check_blobs(folder: Path, model: Model) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != part.sha256:
             raise RefusedError(f"blob {part.sha256} ({part.file}) is damaged, it hashes to {found}: put it again")
+        try:
+            onnx = read_onnx_file(path)
+            check_servable(onnx)
+            check_declared(onnx, part)
+        except ModelError as error:
+            raise ModelError(f"{part.file}: {error}") from None
+
+
+def check_publishable(state: State, model: Model) -> None:
+    """Raise RefusedError, naming the next number, unless this is a new version and says nothing new of known files."""
+    served = state.models.get(model.name)
+    latest = served.version if served else 0
+    if (model.name, model.version) in state.versions:
+        raise RefusedError(
+            f"{model.name} {model.version} is published with other content: give it version {latest + 1}"
+        )
+    if model.version < latest:
+        raise RefusedError(
+            f"{model.name} {model.version} is older than {latest}, which is served: give it version {latest + 1}"
+        )
+    for part in _parts(model):
+        known = state.releases.get(bytes.fromhex(part.sha256))
+        if known is not None and (known.batch, known.inputs, known.outputs) != (part.batch, *_declared(part)):
+            raise RefusedError(
+                f"{part.file} is released with other tensors or tolerances, and what is said of a file never changes:"
+                " export it anew, so that it gets another digest"
+            )
 
 
 def release_entries(
@@ -41,8 +71,7 @@ def release_entries(
         release = Release(
             **common, model=model.name, expert_name=part.name, digest=bytes.fromhex(part.sha256), size=part.bytes,
             opset=part.opset, memory_mb=part.memory_mb, batch=part.batch, owner=owner,
-            inputs=tuple(_tensor(spec) for spec in part.inputs),
-            outputs=tuple((*_tensor(spec), struct.pack(">d", spec.epsilon)) for spec in part.outputs),
+            inputs=_declared(part)[0], outputs=_declared(part)[1],
         )  # fmt: skip
         entries.append((ReleaseEntry, {"statement": seal_message(registrar, release)}))
     whole = ModelRelease(
@@ -58,6 +87,11 @@ def _parts(model: Model) -> Iterator[Expert]:
     yield from model.experts
     if model.gate is not None:
         yield model.gate
+
+
+def _declared(part: Expert) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    outputs = tuple((*_tensor(spec), struct.pack(">d", spec.epsilon)) for spec in part.outputs)
+    return tuple(_tensor(spec) for spec in part.inputs), outputs
 
 
 def _tensor(spec: TensorSpec) -> tuple[str, str, tuple[int, ...]]:

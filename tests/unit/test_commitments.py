@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import struct
 
 import numpy as np
@@ -20,7 +21,9 @@ from bmoe.ledger.rules.outputs import (
     opening_of,
     parse_output,
     tolerances_of,
+    unpack_dims,
 )
+from bmoe.ledger.rules.voting import distance
 from bmoe.protocol.encoding import bstr, encode
 from bmoe.protocol.errors import InputError, ManifestError, MessageError, ProofError
 from bmoe.protocol.keys import Signer
@@ -181,12 +184,27 @@ def test_a_value_that_the_release_does_not_allow_is_unusable_and_no_error(tensor
     assert good is not None and good.tensors == (A.data, B.data)
 
 
-def test_an_output_whose_shape_its_bytes_do_not_tell_is_never_released() -> None:
-    """[2, 3] and [3, 2] have equal bytes: a liar's shape would agree with an honest one, and could be the accepted."""
-    for specs, batch in ((("y", "float32", (0, 0, 0), 1e-5), True), (("y", "float32", (0, 0), 1e-5), False)):
-        with pytest.raises(MessageError, match="has 2 free dims"):
-            tolerances_of(_release(specs, batch=batch))
-    assert tolerances_of(_release(("y", "float32", (0, 0, 3), 1e-5)))[0].epsilon == 1e-5
+@pytest.mark.parametrize(("dims", "batch"), [((0, 0, 0), True), ((0, 0), False)])
+def test_a_liar_who_signs_the_right_bytes_in_another_shape_is_contradicted(dims: tuple[int, ...], batch: bool) -> None:
+    """[2, 3] and [3, 2] have equal bytes: without its dims a liar's shape could be the one accepted."""
+    release, rows = _release(("y", "float32", dims, 1e-5), batch=batch), (1,) if batch else ()
+    values = np.arange(6, dtype="<f4").tobytes()
+    true, lie = (Tensor("y", "float32", (*rows, *shape), values) for shape in ((2, 3), (3, 2)))
+    found = [candidate_of(_header(name, [t], 1), [t], release) for name, t in (("agent-1", true), ("agent-2", lie))]
+    assert found[0] is not None and found[1] is not None
+    assert distance(found[0], found[1], tolerances_of(release)) == math.inf
+    assert unpack_dims(found[1].tensors[1]) == (*rows, 3, 2)
+
+
+def test_a_shape_that_the_bytes_tell_is_not_said_twice() -> None:
+    release = _release(("y", "float32", (0, 0, 3), 1e-5))
+    assert [t.epsilon for t in tolerances_of(release)] == [1e-5]
+
+
+def test_dims_that_are_none_are_refused() -> None:
+    for data in (b"x", bytes(8 * 9)):
+        with pytest.raises(MessageError, match="dims are at most 8 int64"):
+            unpack_dims(data)
 
 
 @pytest.mark.parametrize("epsilon", [float("nan"), float("inf"), -1.0])

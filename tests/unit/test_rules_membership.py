@@ -120,8 +120,6 @@ RELEASES: dict[str, tuple[dict[str, Any], str]] = {
     "a negative tolerance": (outputs_with(-1e-5), "not negative"),
     "an integer with a tolerance": (outputs_with(1.0, dtype="int32"), "epsilon must be 0 for int32"),
     "a type unheard of": (outputs_with(0.0, dtype="float8"), "dtype 'float8' is not one of"),
-    "a shape that its bytes do not tell": (outputs_with(1e-5, (0, 0, 0)), "2 free dims"),
-    "the same without a batch": ({**outputs_with(1e-5, (0, 0)), "batch": False}, "2 free dims"),
     "a statement of another ledger": ({"ledger": bytes(16)}, "another ledger or epoch"),
 }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from bmoe.ledger.rules.combine import combine, unpack_choices
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
 from bmoe.ledger.rules.entries import Answer
-from bmoe.ledger.rules.outputs import fit_spec
 from bmoe.ledger.rules.state import TASK_WINDOW_MS, Context, Event, FalseEntryError, State
 from bmoe.protocol.encoding import read_bstrs
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
@@ -45,8 +45,8 @@ def check_answer(state: State, attachments: dict[bytes, bytes], entry: Answer) -
     ]
     check_experts(model, entry, choices.experts.tolist(), choices.task_index.tolist(), releases)
     outputs = [
-        accepted_tensors(attachments, digest, release, _rows(state, task))
-        for task, digest, release in zip(entry.tasks, entry.openings, releases, strict=True)
+        accepted_tensors(attachments, digest, state.closed[task].specs)
+        for task, digest in zip(entry.tasks, entry.openings, strict=True)
     ]
     check_size(attachments, entry, outputs, releases[0].batch)
     result = combine(model.combine, choices, outputs, releases[0].batch)
@@ -65,14 +65,11 @@ def check_experts(
                 raise MessageError("a choice's task was not executed by the expert it names")
 
 
-def accepted_tensors(attachments: dict[bytes, bytes], digest: bytes, release: Release, rows: int) -> tuple[Tensor, ...]:
-    """A verdict's accepted value, from the attachment whose digest the verdict fixed."""
+def accepted_tensors(attachments: dict[bytes, bytes], digest: bytes, specs: Sequence[Any]) -> tuple[Tensor, ...]:
+    """A verdict's accepted value: the attachment whose digest the verdict fixed, as the accepted output describes it."""
     if digest not in attachments:
         raise MessageError(f"the opening {digest.hex()[:16]} is not attached")
-    parts = read_bstrs(attachments[digest], 0, MAX_TENSORS + 1)[1:]
-    return tensors_from(
-        [fit_spec(o, release.batch, rows, part) for o, part in zip(release.outputs, parts, strict=False)], parts
-    )
+    return tensors_from(specs, read_bstrs(attachments[digest], 0, MAX_TENSORS + 1)[1:])
 
 
 def check_size(
@@ -109,7 +106,3 @@ def _release_of(state: State, entry: Answer, task: bytes, digest: bytes) -> Rele
     if closed.opening != digest:
         raise MessageError(f"task {task.hex()} accepted another value")
     return state.releases[closed.binding.expert]
-
-
-def _rows(state: State, task: bytes) -> int:
-    return state.closed[task].binding.rows

@@ -88,7 +88,7 @@ def release(state: State, context: Context, entry: ReleaseEntry) -> list[Event]:
     statement = sealed.header
     if any(len(o[3]) != 8 for o in statement.outputs):
         raise MessageError("an output's tolerance is 8 bytes of float64")
-    tolerances_of(statement)
+    tolerances_of(statement)  # raises for a dtype or an epsilon that no vote could use
     known = state.releases.get(statement.digest)
     # Verdicts under way and receipts of old ones are judged by it, so what it says of tensors never changes.
     if known is not None and (known.batch, known.inputs, known.outputs) != (

@@ -13,7 +13,10 @@ from bmoe.ledger.rules.voting import Candidate, Tolerance, is_finite
 from bmoe.protocol.encoding import bstr, read_bstrs
 from bmoe.protocol.errors import InputError, MessageError
 from bmoe.protocol.messages import MAX_TENSORS, Output, Release, Sealed, open_message, tensors_from
-from bmoe.protocol.tensors import ITEM_BYTES, Tensor
+from bmoe.protocol.tensors import ITEM_BYTES, MAX_DIMS, Tensor
+
+# Dims are equal or they are not.
+SHAPE = Tolerance("int64", 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,16 +57,35 @@ def open_output(header: Output, opening: bytes) -> tuple[Tensor, ...]:
 
 
 def tolerances_of(release: Release) -> tuple[Tolerance, ...]:
-    """Each output's tolerance, from the signed release (epsilon kept as float64 bits).
+    """The tolerance of each part that `comparable` gives: the outputs' (epsilon kept as float64 bits), then shapes'."""
+    outputs = [Tolerance(o[1], struct.unpack(">d", o[3])[0]) for o in release.outputs]
+    return (*outputs, *(SHAPE for o in release.outputs if untold(o, release.batch)))
 
-    Raises MessageError for an output with two free dims: [2, 3] and [3, 2] have the same bytes, so a liar's shape would
-    agree with an honest one.
+
+def comparable(tensors: Sequence[Tensor], release: Release) -> tuple[bytes, ...]:
+    """What a vote compares: each tensor's bytes, then the dims (int64) of those whose bytes do not tell them.
+
+    [2, 3] and [3, 2] have the same bytes, so without its dims a liar's shape would agree with an honest one.
     """
-    for spec in release.outputs:
-        free = tuple(spec[2][1:] if release.batch else spec[2]).count(0)
-        if free > 1:
-            raise MessageError(f"output {spec[0]!r} has {free} free dims, its bytes tell at most one")
-    return tuple(Tolerance(o[1], struct.unpack(">d", o[3])[0]) for o in release.outputs)
+    shaped = [t for t, o in zip(tensors, release.outputs, strict=True) if untold(o, release.batch)]
+    return (*(t.data for t in tensors), *(pack_dims(t.dims) for t in shaped))
+
+
+def untold(spec: Sequence[Any], batch: bool) -> bool:
+    """Whether a tensor's dims cannot be told from its declaration, its rows and its bytes: more than one is free."""
+    return tuple(spec[2][1:] if batch else spec[2]).count(0) > 1
+
+
+def pack_dims(dims: Sequence[int]) -> bytes:
+    """Dims as little-endian int64."""
+    return struct.pack(f"<{len(dims)}q", *dims)
+
+
+def unpack_dims(data: bytes) -> tuple[int, ...]:
+    """The dims that `pack_dims` packed; raises MessageError for bytes that are none."""
+    if len(data) % 8 or len(data) > 8 * MAX_DIMS:
+        raise MessageError(f"dims are at most {MAX_DIMS} int64, got {len(data)} bytes")
+    return struct.unpack(f"<{len(data) // 8}q", data)
 
 
 def candidate_of(header: Output, tensors: Sequence[Tensor], release: Release) -> Candidate | None:
@@ -72,7 +94,7 @@ def candidate_of(header: Output, tensors: Sequence[Tensor], release: Release) ->
         check_specs(tensors, release.outputs, header.rows if release.batch else None)
     except InputError:
         return None
-    candidate = Candidate(header.author, tuple(t.data for t in tensors))
+    candidate = Candidate(header.author, comparable(tensors, release))
     return candidate if is_finite(candidate, tolerances_of(release)) else None
 
 

@@ -20,7 +20,7 @@ from bmoe.ledger.rules.checkpoint import verify_cosignature
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Answer, Rejected, Verdict, parse_entry
 from bmoe.ledger.rules.merkle import leaf_hash, verify_inclusion
-from bmoe.ledger.rules.outputs import fit_spec
+from bmoe.ledger.rules.outputs import fit_spec, unpack_dims, untold
 from bmoe.ledger.rules.receipt_format import Evidence, Receipt, format_receipt, merge_receipts, parse_receipt
 from bmoe.ledger.rules.receipt_votes import (
     AuditedVerdict,
@@ -110,11 +110,20 @@ def check_cosignatures(receipt: Receipt, trust: Trust) -> tuple[tuple[str, int],
 def check_request(entry: Answer, release: Release, opening: bytes) -> None:
     """Raise ProofError unless `opening` (salt and input tensors, CBOR byte strings) is the request answered.
 
-    `release` is that of an expert of the model, which declares the inputs.
+    `release` is that of an expert of the model, which declares the inputs. Behind the tensors stand, as little-endian
+    int64, the dims of each input that has more than one free dim besides its rows.
     """
     with _step(9, "request"):
-        salt, *parts = read_bstrs(opening, 0, MAX_TENSORS + 1)
-        specs = [fit_spec(i, release.batch, entry.rows, p) for i, p in zip(release.inputs, parts, strict=True)]
+        salt, *parts = read_bstrs(opening, 0, 2 * MAX_TENSORS + 1)
+        parts, shapes = parts[: len(release.inputs)], list(parts[len(release.inputs) :])
+        specs = [
+            (i[0], i[1], unpack_dims(shapes.pop(0)))
+            if untold(i, release.batch)
+            else fit_spec(i, release.batch, entry.rows, p)
+            for i, p in zip(release.inputs, parts, strict=True)
+        ]
+        if shapes:
+            raise ProofError("the opening holds more than the request's salt, tensors and shapes")
         if commit_rows("", salt, tensors_from(specs, parts), entry.rows) != entry.request_root:
             raise ProofError("this request is not the one that the answer commits to")
 

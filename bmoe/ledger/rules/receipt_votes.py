@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bmoe.ledger.rules.answers import accepted_tensors, check_experts, check_result
+from bmoe.ledger.rules.answers import check_experts, check_result
 from bmoe.ledger.rules.combine import combine, unpack_choices
 from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Answer, Verdict
 from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
@@ -151,10 +151,7 @@ def check_answer(
         raise ProofError("the answer rests on values that its verdicts did not accept")
     if not openings:
         return None
-    values = [
-        accepted_tensors(openings, digest, release, v.entry.rows)
-        for digest, release, v in zip(accepted, releases, verdicts, strict=True)
-    ]
+    values = [v.value for v in verdicts if v.value is not None]  # all of them: each accepts, and openings are there
     result = combine(model.combine, choices, values, releases[0].batch)
     check_result(openings, entry, result)
     return result

@@ -47,7 +47,10 @@ class Slot:
 
 @dataclass(frozen=True)
 class Closed:
-    """A task with a verdict, kept while it can still be challenged or answered from."""
+    """A task with a verdict, kept while it can still be challenged or answered from.
+
+    `opening` and `specs` ([name, dtype, dims] of each tensor) are those of the value accepted, or empty.
+    """
 
     binding: Binding
     index: int
@@ -56,6 +59,7 @@ class Closed:
     outcome: str
     policy: str
     opening: bytes
+    specs: tuple[Any, ...]
     outputs: dict[str, str]
     reexecuted: bool
     suspects: tuple[str, ...]

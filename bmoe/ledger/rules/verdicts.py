@@ -21,7 +21,7 @@ from bmoe.ledger.rules.state import (
 )
 from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import InputError, MessageError, RefusedError
-from bmoe.protocol.messages import MAX_ROWS, Release
+from bmoe.protocol.messages import MAX_ROWS, Output, Release
 
 OPEN_MAX = 65_536
 
@@ -83,9 +83,9 @@ def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
             )
     elif entry.outcome != "accepted" and (entry.accepted != NOBODY or set(entry.stances) - {IGNORED}):
         raise FalseEntryError(f"verdict on {entry.task.hex()} is {entry.outcome} and yet accepts or judges a value")
-    authors = _authors(entry)
+    headers = _headers(entry)
     del state.open[entry.task]
-    return _close(state, entry, authors)
+    return _close(state, entry, headers)
 
 
 def decide_again(state: State, attachments: dict[bytes, bytes], entry: Verdict, release: Release) -> Decision:
@@ -132,14 +132,17 @@ def _signed_value(
     return author, candidate_of(sealed.header, tensors, release)
 
 
-def _authors(entry: Verdict) -> list[str]:
+def _headers(entry: Verdict) -> list[Output]:
+    """What the outputs say, and behind them the referee's where its value is the one accepted."""
     binding = Binding(entry.task, entry.expert, entry.input_root, entry.rows)
-    return [parse_output(o, binding).header.author for o in entry.outputs]
+    last = (entry.referee,) if entry.accepted == BY_REFEREE else ()
+    return [parse_output(o, binding).header for o in (*entry.outputs, *last)]
 
 
-def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
+def _close(state: State, entry: Verdict, headers: list[Output]) -> list[Event]:
+    authors = [header.author for header in headers[: len(entry.outputs)]]
+    accepts = entry.outcome == "accepted"
     index = len(entry.outputs) if entry.accepted == BY_REFEREE else entry.accepted
-    opening = entry.openings[index] if entry.outcome == "accepted" else b""
     suspects = tuple(a for a, s in zip(authors, entry.stances, strict=True) if s in "d" + UNUSABLE)
     # A referee's output that the policy did not ask for is no re-execution: the value accepted is not its own.
     by_referee = entry.accepted == BY_REFEREE
@@ -151,7 +154,8 @@ def _close(state: State, entry: Verdict, authors: list[str]) -> list[Event]:
         author=entry.author,
         outcome=entry.outcome,
         policy=entry.policy,
-        opening=opening,
+        opening=entry.openings[index] if accepts else b"",
+        specs=headers[index].outputs if accepts else (),
         outputs=dict(zip(authors, entry.stances, strict=True)),
         reexecuted=by_referee,
         suspects=contradicted,

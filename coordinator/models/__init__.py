@@ -1,0 +1,1 @@
+"""Bring your own model: its manifest written, the model checked, the model published."""
