@@ -64,12 +64,12 @@ def _array(raw: bytes) -> np.ndarray:
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(stream)
     if version not in read:
-        raise ValueError(f".npy version {version}")
+        raise ManifestError(f".npy version {version}")
     shape, fortran, dtype = read[version](stream)
     if dtype.name not in DTYPES:
-        raise ValueError(f"an array of {dtype.name}, expected one of {', '.join(DTYPES)}")
+        raise ManifestError(f"an array of {dtype.name}, expected one of {', '.join(DTYPES)}")
     body = raw[stream.tell() :]
     if len(body) != prod(shape) * dtype.itemsize or any(dim < 0 for dim in shape):
-        raise ValueError(f"{len(body)} bytes for an array of {dtype.name}{list(shape)}")
+        raise ManifestError(f"{len(body)} bytes for an array of {dtype.name}{list(shape)}")
     array = np.frombuffer(body, dtype).reshape(shape, order="F" if fortran else "C")
     return np.ascontiguousarray(array, dtype.newbyteorder("<")).reshape(shape)

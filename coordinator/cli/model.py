@@ -11,7 +11,7 @@ import typer
 
 from bmoe.protocol.errors import InputError, ModelError
 from bmoe.protocol.files import write_durably
-from bmoe.storage.manifest import MANIFEST_NAME, render_manifest
+from bmoe.storage.manifest import MANIFEST_NAME, Model, render_manifest
 
 model_app = typer.Typer(help="Bring your own model: any ONNX gate and experts.", no_args_is_help=True)
 
@@ -32,11 +32,17 @@ def init(
 ) -> None:
     """Write model.json from the ONNX files in a folder: gate.onnx is the gate, every other file an expert."""
     from coordinator.models.draft import PLACEHOLDER, Wishes, draft
+    from coordinator.models.trial import Lab
 
     if (folder / MANIFEST_NAME).exists() and not force:
         raise InputError(f"{folder / MANIFEST_NAME} is there already; --force writes it anew")
     wishes = Wishes(name, gate, top_k, dict(map(_shape, shape or ())), inputs)
-    made = asyncio.run(draft(folder, wishes, typer.echo))
+
+    async def write() -> Model:
+        async with Lab() as lab:
+            return await draft(folder, wishes, typer.echo, lab)
+
+    made = asyncio.run(write())
     typer.echo(f"wrote {folder / MANIFEST_NAME}: {made.name} version {made.version}, {len(made.experts)} experts")
     if made.licence.startswith(PLACEHOLDER):
         typer.echo("now fill in licence and description, and labels if there are any; then: bmoe model check")
@@ -88,11 +94,13 @@ def list_models(state: State = DEFAULT_STATE) -> None:
 async def _checked(folder: Path) -> int:
     """Print every finding; how many were bad."""
     from coordinator.models.check import examine
+    from coordinator.models.trial import Lab
 
     faults = 0
-    async for finding in examine(folder):
-        typer.echo(f"{'ok   ' if finding.good else 'FAULT'} {finding.subject}: {finding.text}")
-        faults += not finding.good
+    async with Lab() as lab:
+        async for finding in examine(folder, lab):
+            typer.echo(f"{'ok   ' if finding.good else 'FAULT'} {finding.subject}: {finding.text}")
+            faults += not finding.good
     return faults
 
 

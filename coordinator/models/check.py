@@ -32,7 +32,7 @@ from bmoe.storage.onnx_file import OnnxFile, read_onnx
 from bmoe.storage.onnx_rules import check_declared, check_servable, is_quantised
 from coordinator.models import trial
 from coordinator.models.draft import PLACEHOLDER
-from coordinator.models.trial import Arrays
+from coordinator.models.trial import Arrays, Lab
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_manifest(folder: Path) -> tuple[Model, bytes]:
     return parse_manifest(data), data
 
 
-async def examine(folder: Path) -> AsyncIterator[Finding]:
+async def examine(folder: Path, lab: Lab) -> AsyncIterator[Finding]:
     """What is found of the manifest, then of each file."""
     try:
         model, _ = read_manifest(folder)
@@ -67,15 +67,14 @@ async def examine(folder: Path) -> AsyncIterator[Finding]:
         yield Finding(MANIFEST_NAME, False, f"{' and '.join(blanks)}: still to be filled in by the owner")
     else:
         yield Finding(MANIFEST_NAME, True, f"{model.name} version {model.version}, {len(model.experts)} experts")
-    async with trial.trials() as second:
-        for part in [*model.experts, *([model.gate] if model.gate else [])]:
-            try:
-                yield Finding(part.file, True, await _examined(folder, part, part is model.gate, second))
-            except BmoeError as error:
-                yield Finding(part.file, False, _short(error))
+    for part in [*model.experts, *([model.gate] if model.gate else [])]:
+        try:
+            yield Finding(part.file, True, await _examined(folder, part, part is model.gate, lab))
+        except BmoeError as error:
+            yield Finding(part.file, False, _short(error))
 
 
-async def _examined(folder: Path, part: Expert, is_gate: bool, second: Runner) -> str:
+async def _examined(folder: Path, part: Expert, is_gate: bool, lab: Lab) -> str:
     data = read_part(folder, part)
     found = read_onnx(data)
     check_servable(found)
@@ -85,22 +84,23 @@ async def _examined(folder: Path, part: Expert, is_gate: bool, second: Runner) -
     inputs, expected = read_golden(read_part(folder, part.golden))
     file = ExpertFile(bytes.fromhex(part.sha256), folder / part.file)
     _check_golden(part, inputs, expected)
-    async with trial.trials(memory_mb=part.memory_mb) as runner:
+    async with trial.confined(part.memory_mb) as runner:
         await runner.load(file)
         outputs = await trial.run(runner, file, inputs)
         again = await trial.run(runner, file, inputs)
     _check_shapes(part, inputs, outputs)
-    await _check_reproduced(part, found, file, inputs, expected, outputs)
-    if not (trial.same_bytes(outputs, again) and trial.same_bytes(outputs, await trial.run(second, file, inputs))):
+    await _check_reproduced(lab, part, found, file, inputs, expected, outputs)
+    elsewhere = await trial.run(lab.by(), file, inputs)
+    if not (trial.same_bytes(outputs, again) and trial.same_bytes(outputs, elsewhere)):
         raise ModelError("two runs on the same input gave different bytes: what boards compute could not be compared")
     if infinite := trial.not_finite(outputs):
         raise ModelError(f"output {infinite[0]!r} is not finite for the golden input; no vote can be on that")
     if part.batch:
-        await _check_rows(part, second, file, inputs, outputs)
+        await _check_rows(part, lab.by(), file, inputs, outputs)
     if is_gate:
         _check_scores(part, outputs)
     worst = max(trial.greatest_difference(expected, outputs).values())
-    note = await _int8_note(found, file, inputs, outputs)
+    note = await _int8_note(lab, found, file, inputs, outputs)
     return f"opset {part.opset}, {part.bytes} bytes, golden pair within {worst:.1e}, runs in {part.memory_mb} MB{note}"
 
 
@@ -128,18 +128,17 @@ def _check_shapes(part: Expert, inputs: Arrays, outputs: Arrays) -> None:
 
 
 async def _check_reproduced(
-    part: Expert, found: OnnxFile, file: ExpertFile, inputs: Arrays, expected: Arrays, outputs: Arrays
+    lab: Lab, part: Expert, found: OnnxFile, file: ExpertFile, inputs: Arrays, expected: Arrays, outputs: Arrays
 ) -> None:
     wrong = _beyond(part, expected, outputs)
     if not wrong:
         return
     if is_quantised(found):
-        async with trial.trials("saturating") as runner:
-            if not _beyond(part, expected, await trial.run(runner, file, inputs)):
-                raise ModelError(
-                    f"{wrong}: it was made by a session in which INT8 products saturate on x86, which no ARM board does;"
-                    " make it with session.x64quantprecision=1, or quantise with reduce_range=True"
-                )
+        if not _beyond(part, expected, await trial.run(lab.by("saturating"), file, inputs)):
+            raise ModelError(
+                f"{wrong}: it was made by a session in which INT8 products saturate on x86, which no ARM board does;"
+                " make it with session.x64quantprecision=1, or quantise with reduce_range=True"
+            )
     raise ModelError(f"{wrong}; `bmoe model init` makes the pair anew, if the file is the right one")
 
 
@@ -174,11 +173,10 @@ def _check_scores(part: Expert, outputs: Arrays) -> None:
         )
 
 
-async def _int8_note(found: OnnxFile, file: ExpertFile, inputs: Arrays, outputs: Arrays) -> str:
+async def _int8_note(lab: Lab, found: OnnxFile, file: ExpertFile, inputs: Arrays, outputs: Arrays) -> str:
     if not is_quantised(found):
         return ""
-    async with trial.trials("saturating") as runner:
-        gaps = trial.greatest_difference(outputs, await trial.run(runner, file, inputs))
+    gaps = trial.greatest_difference(outputs, await trial.run(lab.by("saturating"), file, inputs))
     if not any(gaps.values()):
         return ", INT8 exact"
     return (

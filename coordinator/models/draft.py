@@ -31,7 +31,7 @@ from bmoe.storage.onnx_file import OnnxFile, Value, read_onnx_file
 from bmoe.storage.onnx_inline import INLINED, inlined
 from bmoe.storage.onnx_rules import check_servable, opset_of
 from coordinator.models import sample, tolerance, trial
-from coordinator.models.trial import Arrays
+from coordinator.models.trial import Arrays, Lab
 
 PLACEHOLDER = "FILL IN"
 GATE_FILE = "gate.onnx"
@@ -62,7 +62,7 @@ class Part:
     file: ExpertFile
 
 
-async def draft(folder: Path, wishes: Wishes, say: Say) -> Model:
+async def draft(folder: Path, wishes: Wishes, say: Say, lab: Lab) -> Model:
     """Write `model.json` and the golden pairs into `folder`. Raises BmoeError for what cannot be served or measured."""
     known = _known(folder)
     gate_path, expert_paths = model_files(folder, wishes.gate)
@@ -70,9 +70,8 @@ async def draft(folder: Path, wishes: Wishes, say: Say) -> Model:
     names = _names(expert_paths)
     experts = [_part(name, path) for name, path in zip(names, expert_paths, strict=True)]
     parts = [*experts, *([gate] if gate else [])]
-    async with trial.trials() as runner:
-        inputs, batch = await _sample(runner, parts, wishes, say)
-        made = [await _measured(runner, part, _of(part, inputs), batch, say) for part in parts]
+    inputs, batch = await _sample(lab.by(), parts, wishes, say)
+    made = [await _measured(lab, part, _of(part, inputs), batch, say) for part in parts]
     model = _whole(folder, wishes, known, made[: len(experts)], made[-1] if gate else None, say)
     data = render_manifest(model)
     parse_manifest(data)
@@ -194,13 +193,13 @@ async def _depends(runner: Runner, parts: list[Part], inputs: Arrays) -> str:
     return ""
 
 
-async def _measured(runner: Runner, part: Part, inputs: Arrays, batch: bool, say: Say) -> Expert:
-    outputs = await trial.run(runner, part.file, inputs)
+async def _measured(lab: Lab, part: Part, inputs: Arrays, batch: bool, say: Say) -> Expert:
+    outputs = await trial.run(lab.by(), part.file, inputs)
     if infinite := trial.not_finite(outputs):
         raise ModelError(
             f"{part.path.name}: output {infinite[0]!r} is not finite for this input; no vote can be on that"
         )
-    drift = await tolerance.drift(part.file, inputs, outputs, batch)
+    drift = await tolerance.drift(lab, part.file, inputs, outputs, batch)
     epsilons = tolerance.epsilons(part.found, outputs, drift)
     needed = await trial.memory_mb(part.file, trial.rows_of(inputs, BATCH_ROWS) if batch else inputs)
     for name, epsilon in epsilons.items():

@@ -10,7 +10,7 @@ import numpy as np
 from bmoe.inference.runner import ExpertFile
 from bmoe.storage.onnx_file import OnnxFile
 from coordinator.models import trial
-from coordinator.models.trial import Arrays
+from coordinator.models.trial import Arrays, Lab
 
 FACTOR = 4
 # x86 against ARM, fp32: at most 1.3e-6 was measured on outputs of size 1, which is 11 units in the last place.
@@ -18,14 +18,13 @@ FOREIGN_ULPS = 11
 _PRECISION = ("float16", "float32", "float64")
 
 
-async def drift(file: ExpertFile, inputs: Arrays, outputs: Arrays, batch: bool) -> dict[str, float]:
+async def drift(lab: Lab, file: ExpertFile, inputs: Arrays, outputs: Arrays, batch: bool) -> dict[str, float]:
     """The greatest difference of each output between honest ways to compute it on this processor."""
     found = dict.fromkeys(outputs, 0.0)
     for variant in trial.HONEST_VARIANTS:
-        async with trial.trials(variant) as runner:
-            _raise_to(found, outputs, await trial.run(runner, file, inputs))
-            if batch and variant == "plain":
-                _raise_to(found, outputs, await trial.run_rows(runner, file, inputs))
+        _raise_to(found, outputs, await trial.run(lab.by(variant), file, inputs))
+    if batch:
+        _raise_to(found, outputs, await trial.run_rows(lab.by(), file, inputs))
     return found
 
 

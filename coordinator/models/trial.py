@@ -21,10 +21,30 @@ HONEST_VARIANTS = ("extended", "basic", "plain", "threads")
 SPARE_MB = 8
 
 
+class Lab:
+    """Children for trial runs, one for each way to compute, kept from one expert to the next."""
+
+    def __init__(self) -> None:
+        self._runners: dict[str, Runner] = {}
+
+    def by(self, variant: str = "") -> Runner:
+        """The child that computes in this way, of `sessions.VARIANTS`."""
+        if variant not in self._runners:
+            self._runners[variant] = Runner(memory_mb=MEMORY_MB, variant=variant)
+        return self._runners[variant]
+
+    async def __aenter__(self) -> Lab:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for runner in self._runners.values():
+            await runner.close()
+
+
 @contextlib.asynccontextmanager
-async def trials(variant: str = "", memory_mb: int = MEMORY_MB) -> AsyncIterator[Runner]:
-    """A child for trial runs."""
-    async with Runner(memory_mb=memory_mb, variant=variant) as runner:
+async def confined(memory_mb: int) -> AsyncIterator[Runner]:
+    """A child of its own, which may use so much memory and no more."""
+    async with Runner(memory_mb=memory_mb) as runner:
         await runner.start()
         yield runner
 
@@ -49,13 +69,13 @@ async def run_rows(runner: Runner, file: ExpertFile, inputs: Mapping[str, np.nda
 async def memory_mb(file: ExpertFile, inputs: Mapping[str, np.ndarray]) -> int:
     """How much memory, in MB, the expert needs for these inputs: what its child's peak grew by, with a quarter to
     spare, and more until a child with no more than that can run it."""
-    async with trials() as runner:
+    async with confined(MEMORY_MB) as runner:
         before = _peak_mb(runner)
         await run(runner, file, inputs)
         needed = int(1.25 * (_peak_mb(runner) - before)) + SPARE_MB
     while True:
         try:
-            async with trials(memory_mb=needed) as runner:
+            async with confined(needed) as runner:
                 await run(runner, file, inputs)
             return needed
         except InferenceError:
