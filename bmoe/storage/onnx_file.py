@@ -52,6 +52,7 @@ class Operator:
     domain: str
     name: str
     inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     where: str
 
 
@@ -71,6 +72,9 @@ class OnnxFile:
     # Names of constants that hold one false, and of all other constants.
     false: set[str] = field(default_factory=set)
     constants: set[str] = field(default_factory=set)
+    # Weights as (graph that holds them, name), the graph named as in Operator.where; and the dtype of each constant.
+    weights: set[tuple[str, str]] = field(default_factory=set)
+    constant_dtypes: dict[str, str] = field(default_factory=dict)
 
 
 def read_onnx_file(path: Path) -> OnnxFile:
@@ -160,6 +164,7 @@ class _Reader:
                 inputs.append(self._value(_message(f)))
             elif f.number == 12 and not depth:
                 self._found.outputs.append(self._value(_message(f)))
+        self._found.weights |= {(where, name) for name in weights}
         if not depth:  # old files list weights among the inputs as well
             self._found.inputs += [value for value in inputs if value.name not in weights]
 
@@ -178,7 +183,7 @@ class _Reader:
             elif f.number == 5:
                 attributes.append(_message(f))
         domain = "" if texts[7] == "ai.onnx" else texts[7]
-        self._found.operators.append(Operator(domain, texts[4], tuple(inputs), where))
+        self._found.operators.append(Operator(domain, texts[4], tuple(inputs), tuple(outputs), where))
         for attribute in attributes:
             label = f"{where}, {texts[4]}" if where else texts[4]
             self._attribute(attribute, label, depth, outputs[0] if texts[4] == "Constant" and outputs else "")
@@ -204,17 +209,20 @@ class _Reader:
 
     def _tensor(self, message: Field, name: str = "") -> str:
         raw = values = b""
+        dtype = ""
         for f in self._inside(message):
             if f.number == 8 and not name:
                 name = self._wire.text(f)
             elif f.number == 2:
-                self._found.dtypes.add(ELEMENTS.get(f.value, f"of type {f.value}"))
+                dtype = ELEMENTS.get(f.value, f"of type {f.value}")
+                self._found.dtypes.add(dtype)
             elif f.number == 9 and f.wire == BYTES and f.end - f.start == 1:
                 raw = bytes(self._wire.data[f.start : f.end])
             elif f.number == 5:  # a bool is kept as an int32, packed or not
                 values = bytes(self._wire.data[f.start : f.end]) if f.wire == BYTES else bytes([min(f.value, 1)])
             elif f.number == 13:
                 self._external(_message(f))
+        self._found.constant_dtypes[name] = dtype
         (self._found.false if b"\0" in (raw, values) else self._found.constants).add(name)
         return name
 

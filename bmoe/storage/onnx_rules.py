@@ -15,6 +15,14 @@ from bmoe.storage.onnx_file import OnnxFile, Operator, Value
 # Boards run onnxruntime >= 1.20.1, which takes these; before 7, operators meant other things (broadcasting).
 OPSETS = {"": (7, 21), "ai.onnx.ml": (1, 5), "com.microsoft": (1, 1)}
 INT8 = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv"}
+IR_VERSION_MAX = 10  # of onnxruntime 1.20
+# Operators of integer products, and at which input their weights stand.
+_WEIGHTS_AT = {
+    "MatMulInteger": 1, "ConvInteger": 1, "QLinearMatMul": 3, "QLinearConv": 3, "QGemm": 3, "QAttention": 1,
+    "DynamicQuantizeMatMul": 1, "MatMulIntegerToFloat": 1,
+}  # fmt: skip
+# What weights may pass through on their way there.
+_PASSES = {"Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze"}
 _DRAWS = {
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli",
     "Sampling", "BiasDropout", "BitmaskDropout", "BitmaskBiasDropout",
@@ -42,6 +50,7 @@ def reasons_against(found: OnnxFile) -> Iterator[str]:
     """Every reason why this file cannot be served, each one line."""
     yield from _opsets(found)
     yield from _foreign(found)
+    yield from _saturates(found)
     yield from _draws(found)
     for location in found.external[:1]:
         if leaves_folder(location):
@@ -82,12 +91,44 @@ def is_quantised(found: OnnxFile) -> bool:
 def _opsets(found: OnnxFile) -> Iterator[str]:
     if not found.opsets:
         yield "it imports no operators: not an ONNX model"
+    if found.ir_version > IR_VERSION_MAX:
+        yield f"IR version {found.ir_version}: boards read at most {IR_VERSION_MAX}; set ir_version to it and save again"
     for domain, version in sorted(found.opsets.items()):
         low, high = OPSETS.get(domain, (0, 1 << 63))
         if not low <= version <= high:
             yield (
                 f"opset {version} of {domain or 'ai.onnx'}: boards take {low}..{high}; export it with such a target opset"
             )
+
+
+def _saturates(found: OnnxFile) -> Iterator[str]:
+    """int8 weights that onnxruntime's exact mode on x86 (session.x64quantprecision) does not reach.
+
+    It rewrites constants of the operator's own graph alone; weights made while running, or held by an outer graph,
+    saturate all the same on processors without VNNI (measured on AVX2).
+    """
+    makers = {(o.where, name): o for o in found.operators if o.name in (*_PASSES, "DynamicQuantizeLinear", "Constant")
+              for name in o.outputs}  # fmt: skip
+    for operator in found.operators:
+        place = _WEIGHTS_AT.get(operator.name, len(operator.inputs))
+        if place >= len(operator.inputs):
+            continue
+        where, name = operator.where, operator.inputs[place]
+        maker = makers.get((where, name))
+        for _ in found.operators:  # at most as many steps as there are operators
+            if (where, name) in found.weights or maker is None or maker.name not in _PASSES:
+                break
+            name = maker.inputs[0] if maker.inputs else ""
+            maker = makers.get((where, name))
+        # What DynamicQuantizeLinear gives is uint8, which does not saturate.
+        if (where, name) in found.weights or maker is not None or found.constant_dtypes.get(name, "int8") != "int8":
+            continue
+        yield (
+            f"operator {operator.name!r}{_where(operator)} multiplies by int8 weights {name!r} that are no constant of"
+            " its own graph: on x86 they saturate and differ from ARM; put them there, or quantise to uint8 with"
+            " reduce_range=True"
+        )
+        return
 
 
 def _foreign(found: OnnxFile) -> Iterator[str]:

@@ -133,12 +133,11 @@ async def _check_reproduced(
     wrong = _beyond(part, expected, outputs)
     if not wrong:
         return
-    if is_quantised(found):
-        if not _beyond(part, expected, await trial.run(lab.by("saturating"), file, inputs)):
-            raise ModelError(
-                f"{wrong}: it was made by a session in which INT8 products saturate on x86, which no ARM board does;"
-                " make it with session.x64quantprecision=1, or quantise with reduce_range=True"
-            )
+    if is_quantised(found) and not _beyond(part, expected, await trial.run(lab.by("saturating"), file, inputs)):
+        raise ModelError(
+            f"{wrong}: it was made by a session in which INT8 products saturate on x86, which no ARM board does;"
+            " make it with session.x64quantprecision=1, or quantise with reduce_range=True"
+        )
     raise ModelError(f"{wrong}; `bmoe model init` makes the pair anew, if the file is the right one")
 
 
