@@ -19,6 +19,7 @@ from bmoe.protocol.tensors import Tensor, take_rows
 from edge_agent.experts import Experts
 from edge_agent.models import Model
 
+FLOATS = ("float16", "float32", "float64")
 RUN_S = 30.0
 
 
@@ -56,8 +57,10 @@ class Local:
     async def _choose(self, model: Model, tensors: Sequence[Tensor], rows: int) -> tuple[np.ndarray, np.ndarray]:
         if model.gate is None:
             return np.zeros((rows, 1), "<u2"), np.ones((rows, 1), "<f4")
-        gate = await self._run(model.gate, tensors, rows)
-        scores = np.frombuffer(gate[0].data, np.dtype(gate[0].dtype).newbyteorder("<")).reshape(rows, -1)
+        wanted = {spec[0] for spec in model.gate.inputs}  # a gate may look at some of the inputs alone
+        outputs = await self._run(model.gate, [t for t in tensors if t.name in wanted], rows)
+        given = next(t for t in outputs if t.dtype in FLOATS)  # beside it there may be a label
+        scores = np.frombuffer(given.data, np.dtype(given.dtype).newbyteorder("<")).reshape(rows, -1)
         if scores.shape[1] != len(model.experts) or not np.isfinite(scores).all() or (scores < 0).any():
             raise InferenceError(f"the gate of {model.statement.model} gave scores that are no weights for its experts")
         return choose(scores, model.statement.top_k)
