@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import mosquitto
 from benchmarks.processes import Running, Usage, command, descendants, finish, parent_of, program, spawn, tail, usage
 from bmoe.client import Client
 from bmoe.protocol.errors import ConfigError, UnavailableError
@@ -68,10 +69,12 @@ class LocalFleet:
     agents: Sequence[AgentSpec] = ()
     gateway_flags: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    broker: str = field(default_factory=mosquitto.chosen)
     running: dict[str, Running] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state, self.logs = self.root / "state", self.root / "logs"
+        self.environment = {**mosquitto.settings(self.broker), **self.environment}
         self._watching: set[asyncio.Task[None]] = set()
         self._specs = {spec.name: spec for spec in self.agents}
 
@@ -268,6 +271,7 @@ def _kind(name: str, line: str, parent: str) -> str:
         ("coordinator.identity.registrar", "registrar"),
         ("bmoe.ledger.validator", "validator"),
         ("/broker/nats.conf", "nats broker"),
+        ("/broker/mosquitto.conf", "mosquitto"),
         ("/ledger/nats.conf", "nats ledger"),
     )
     return next((kind for mark, kind in table if mark in line), "bmoe up")

@@ -22,6 +22,12 @@ class GatewaySettings(BaseSettings):
     public_hosts: tuple[str, ...] = Field(
         (), description="Further host names and addresses that agents may dial; they go into the server certificate."
     )
+    broker: Literal["nats", "mosquitto"] = Field(
+        "nats", description="The agents' broker: nats, which comes with bmoe, or mosquitto. The ledger stays on NATS."
+    )
+    mosquitto: str = Field(
+        "mosquitto", description="The program of Mosquitto, by name or path, where it is the broker."
+    )
     mqtt_port: int = Field(
         0, ge=0, le=65535, description="Broker port for agents; 0 takes a free one and remembers it."
     )

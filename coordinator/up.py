@@ -27,11 +27,13 @@ from bmoe.protocol.keys import Signer
 from coordinator.cli.admin import ADMIN
 from coordinator.config import GatewaySettings
 from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
-from coordinator.embedded.nats_server import prepare_broker, prepare_ledger
+from coordinator.embedded.mosquitto import acl_file, crl_file, prepare_mosquitto
+from coordinator.embedded.nats_server import Server, prepare_broker, prepare_ledger
 from coordinator.embedded.ports import Listen, claim_ports
 from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
-from coordinator.identity.infrastructure import SERVER, Identity, prepare_identity
+from coordinator.identity.door import NOBODY, write_lists
+from coordinator.identity.infrastructure import DOOR, SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs
 from coordinator.models.publish import model_folder, publish
 from coordinator.process_figures import ProcessFigures
@@ -121,16 +123,7 @@ async def start_gateway(
             "metrics": Listen(settings.metrics_host, settings.metrics_port or None),
         },
     )
-    keys = identity.broker_keys
-    broker = prepare_broker(
-        settings.state,
-        identity.tls(SERVER),
-        identity.tls(COORDINATOR),
-        callout_issuer=keys.issuer,
-        callout_user=keys.callout,
-        system_user=keys.system,
-        mqtt=Listen(settings.host, settings.mqtt_port or None),
-    )
+    broker = prepare_agents_broker(settings, identity)
     ledger = prepare_ledger(settings.state, identity.tls(SERVER), identity.tls(COORDINATOR), validators=VALIDATORS)
     await supervisor.start(broker.child)
     await supervisor.start(ledger.child)
@@ -145,6 +138,44 @@ async def start_gateway(
     )
     await supervisor.start(_child(settings, COORDINATOR, ("-m", "coordinator.service", "--state", str(settings.state))))
     return ports
+
+
+def prepare_agents_broker(settings: GatewaySettings, identity: Identity) -> Server:
+    """Claim the broker's ports and write its configuration; raises ConfigError where it could not run."""
+    return _BROKERS[settings.broker](settings, identity)
+
+
+def _prepare_nats(settings: GatewaySettings, identity: Identity) -> Server:
+    """The agents' broker on NATS, whose every connection is put to the registrar."""
+    keys = identity.broker_keys
+    return prepare_broker(
+        settings.state,
+        identity.tls(SERVER),
+        identity.tls(COORDINATOR),
+        callout_issuer=keys.issuer,
+        callout_user=keys.callout,
+        system_user=keys.system,
+        mqtt=Listen(settings.host, settings.mqtt_port or None),
+    )
+
+
+def _prepare_mosquitto(settings: GatewaySettings, identity: Identity) -> Server:
+    """The agents' broker on Mosquitto, as its last run's lists left it; the registrar then brings them up to date."""
+    state = settings.state
+    private_dir(state / "broker")
+    if not (acl_file(state).exists() and crl_file(state).exists()):
+        write_lists(state, identity.authority, NOBODY)
+    return prepare_mosquitto(
+        state,
+        settings.mosquitto,
+        identity.tls(SERVER),
+        identity.tls(COORDINATOR),
+        identity.tls(DOOR).cert,
+        mqtt=Listen(settings.host, settings.mqtt_port or None),
+    )
+
+
+_BROKERS = {"nats": _prepare_nats, "mosquitto": _prepare_mosquitto}
 
 
 def prepare_trust(layout: StateLayout, registrar: bytes) -> Trust:

@@ -23,6 +23,7 @@ from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
 from edge_agent import admit as admission
+from edge_agent import certificates
 from edge_agent.admit import Admitted, Decision, Ignored, Load, Refused, Repeated, Rules
 from edge_agent.complain import Claim, Complaints
 from edge_agent.config import AgentSettings
@@ -66,7 +67,7 @@ class Agent:
         self.outbox = Outbox(
             s.state / "outbox.db", count=s.outbox_count, size=s.outbox_bytes, age_ms=s.outbox_age_s * 1000
         )
-        fleet = FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key))
+        self._fleet = fleet = FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key))
         self.trust = Trust(i, fleet)
         self.experts = Experts(
             s.state / "experts", fleet, i.registrar, i.ledger, file_bytes=s.expert_bytes, cache_bytes=s.cache_bytes
@@ -111,7 +112,7 @@ class Agent:
             self._ready = True
             self._announce()
             self.trust.refresh_soon()
-            duties = [self.trust.keep_certificate(), self._tell_health(), self._keep_up()]
+            duties = [certificates.keep(self.identity, self._fleet), self._tell_health(), self._keep_up()]
             for duty in duties:
                 self._spawn(duty)
             await stop.wait()

@@ -77,14 +77,26 @@ def _source(arguments: argparse.Namespace) -> int:
 def _mosquitto(arguments: argparse.Namespace) -> int:
     """Print the options with which mosquitto_pub or mosquitto_sub connects as this device: broker, certificate, client id.
 
+    The session's certificate is fetched from the gateway where there is none, or its end is near.
+
     mosquitto_pub $(bmoe-agent mosquitto pub) -t bmoe/v1/NAME/request/MODEL -f request.json
     """
+    from bmoe.protocol.errors import UnavailableError
+    from bmoe.protocol.tls import mutual_tls
+    from edge_agent.certificates import ensure
     from edge_agent.config import load_settings
+    from edge_agent.fleet import FleetClient
     from edge_agent.identity import load_identity
 
     i = load_identity(load_settings(state=arguments.state, config=arguments.config).state)
+    certificate = i.certificate_of(arguments.session)
+    try:
+        ensure(i, FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key)), arguments.session)
+    except UnavailableError:
+        if not certificate.exists():
+            raise
     options = {
-        "-h": i.broker_host, "-p": i.broker_port, "--cafile": i.ca, "--cert": i.certificate, "--key": i.key,
+        "-h": i.broker_host, "-p": i.broker_port, "--cafile": i.ca, "--cert": certificate, "--key": i.key,
         "-i": f"{i.name}:{arguments.session}",
     }  # fmt: skip
     print(" ".join(f"{option} {shlex.quote(str(value))}" for option, value in options.items()))

@@ -44,6 +44,10 @@ class Identity:
         """Our TLS certificate, PEM; replaced at renewal."""
         return self.folder / "device.pem"
 
+    def certificate_of(self, session: str) -> Path:
+        """The certificate of a further session on the broker, PEM; our own for ""."""
+        return self.folder / f"session-{session}.pem" if session else self.certificate
+
     @property
     def key(self) -> Path:
         """Our TLS key, PEM."""

@@ -14,6 +14,7 @@ from edge_agent.identity import Identity
 from edge_agent.logs import event
 
 log = logging.getLogger("bmoe.agent")
+SESSION = "source"
 # Statuses after which the same request may well succeed.
 PASSING = (429, 503)
 
@@ -24,7 +25,13 @@ class Requester:
     def __init__(self, identity: Identity, keepalive_s: int) -> None:
         i = self._identity = identity
         settings = LinkSettings(
-            i.broker_host, i.broker_port, f"{i.name}:source", i.ca, i.certificate, i.key, keepalive_s=keepalive_s
+            i.broker_host,
+            i.broker_port,
+            f"{i.name}:{SESSION}",
+            i.ca,
+            i.certificate_of(SESSION),
+            i.key,
+            keepalive_s=keepalive_s,
         )
         self.link = Link(settings, on_message=self._on_message, on_up=self._on_up, on_down=self._on_down)
         self.link.subscribe(topic(i.name, "reply"))  # QoS 0: what got lost is asked again, and told again

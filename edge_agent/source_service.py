@@ -10,18 +10,17 @@ from collections.abc import Mapping
 from bmoe.inference.runner import Runner
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.tls import mutual_tls
-from edge_agent import logs
+from edge_agent import certificates, logs
 from edge_agent.config import AgentSettings
 from edge_agent.experts import Experts
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity, load_identity
 from edge_agent.local import Local
 from edge_agent.models import Models
-from edge_agent.requester import Requester
+from edge_agent.requester import SESSION, Requester
 from edge_agent.service import only_one
 from edge_agent.source import Asker, Source
 from edge_agent.submissions import Submissions
-from edge_agent.trust import Trust
 
 
 async def serve_source(settings: AgentSettings, model: str, source: Source, parameters: Mapping[str, str]) -> None:
@@ -62,15 +61,21 @@ async def _serve(
         parameters,
         s.source_reply_s,
     )
-    renewing = asyncio.ensure_future(Trust(i, fleet).keep_certificate())
+    renewing = asyncio.ensure_future(certificates.keep(i, fleet, ("", SESSION)))
+    connecting = asyncio.ensure_future(_connect(i, fleet, requester))
     try:
-        await requester.link.start()
         with contextlib.suppress(UnavailableError):  # a first request that comes before the link is no lost one
             await requester.link.wait_up(s.source_reply_s)
         await asker.run(source)
     finally:
         renewing.cancel()
+        connecting.cancel()
         await requester.link.stop()
         await experts.close()
         await runner.close()
         await submissions.close()
+
+
+async def _connect(identity: Identity, fleet: FleetClient, requester: Requester) -> None:
+    await certificates.wait_for(identity, fleet, SESSION)
+    await requester.link.start()

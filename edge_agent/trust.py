@@ -1,14 +1,12 @@
-"""Whom the agent believes, kept fresh: the registrar's statements on coordinators, and our own certificate renewed."""
+"""Whom the agent believes, kept fresh: the registrar's statements on coordinators."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 
-from bmoe.protocol.errors import BmoeError, InputError
-from bmoe.protocol.files import write_durably
+from bmoe.protocol.errors import BmoeError
 from bmoe.protocol.messages import Member
 from bmoe.protocol.threads import in_thread
 from edge_agent.admit import coordinators_of
@@ -18,7 +16,6 @@ from edge_agent.logs import event
 
 log = logging.getLogger("bmoe.agent")
 REFRESH_PAUSE_S = 60.0
-RENEWAL_PAUSE_S = 6 * 3600.0
 
 
 class Trust:
@@ -50,33 +47,3 @@ class Trust:
             self.coordinators = known
         # Epochs only grow: an old list, served again, must not take us back.
         self.epoch = max([self.epoch, *(member.epoch for member in members)])
-
-    async def keep_certificate(self) -> None:
-        """For ever: renew our certificate once two thirds of its life are over. The link reads it when it reconnects."""
-        while True:
-            try:
-                if await in_thread(lambda: is_due(self._identity.certificate.read_bytes())):
-                    await in_thread(self._renew)
-            except (BmoeError, OSError, ValueError) as error:
-                log.warning(event("certificate_not_renewed", reason=error))
-            await asyncio.sleep(RENEWAL_PAUSE_S)
-
-    def _renew(self) -> None:
-        from cryptography import x509
-
-        body = json.dumps({"csr": self._identity.csr.read_text()}).encode()
-        pem = str(self._fleet.post_json("/v1/renew", body).get("certificate")).encode()
-        old, new = (x509.load_pem_x509_certificate(p) for p in (self._identity.certificate.read_bytes(), pem))
-        if (new.subject, new.public_key()) != (old.subject, old.public_key()):
-            raise InputError("the gateway renewed another certificate than ours")
-        write_durably(self._identity.certificate, pem)
-        log.info(event("certificate_renewed", until=new.not_valid_after_utc.isoformat()))
-
-
-def is_due(pem: bytes, now_s: float | None = None) -> bool:
-    """Whether a certificate is past two thirds of its life. Raises ValueError for bytes that are none."""
-    from cryptography import x509
-
-    certificate = x509.load_pem_x509_certificate(pem)
-    begin, end = certificate.not_valid_before_utc.timestamp(), certificate.not_valid_after_utc.timestamp()
-    return (time.time() if now_s is None else now_s) > begin + (end - begin) * 2 / 3

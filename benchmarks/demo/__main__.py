@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--agents", type=int, default=10)
     made.add_argument("--liars", type=int, default=3)
     made.add_argument("--attack", choices=(*TWISTS, "equivocate"), default="collude")
+    made.add_argument("--broker", choices=("nats", "mosquitto"), default="nats", help="what carries the messages")
     made.add_argument("--requests-rows", type=int, default=16, metavar="N", help="windows in one request")
     made.add_argument("--state", type=Path, help="an empty or new folder to work in; it is kept")
     made.add_argument("--keep", action="store_true", help="do not remove the temporary folder")
@@ -75,7 +76,7 @@ async def _run(given: argparse.Namespace) -> int:
     )
     with _folder(given) as root:
         try:
-            async with LocalFleet(root, agents) as fleet:
+            async with LocalFleet(root, agents, broker=given.broker) as fleet:
                 with showing(board, Console(), plan.plain):
                     await until_failure(fleet, demonstrate(plan, board, fleet, dice))
         except BmoeError as error:

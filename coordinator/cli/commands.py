@@ -51,6 +51,7 @@ def up(
     host: Annotated[str | None, typer.Option(help="Address that agents reach. Default 127.0.0.1.")] = None,
     api_host: Annotated[str | None, typer.Option(help="Address of the inference API. Default 127.0.0.1.")] = None,
     api_port: Annotated[int | None, typer.Option(help="Port of the inference API; 0 takes a free one.")] = None,
+    broker: Annotated[str | None, typer.Option(help="The agents' broker: nats or mosquitto.")] = None,
     mqtt_port: Annotated[int | None, typer.Option(help="Broker port for agents.")] = None,
     fleet_port: Annotated[int | None, typer.Option(help="HTTPS port for joining and fetching.")] = None,
     model: Annotated[
@@ -70,6 +71,7 @@ def up(
         host=host,
         api_host=api_host,
         api_port=api_port,
+        broker=broker,
         mqtt_port=mqtt_port,
         fleet_port=fleet_port,
         models=tuple(model) if model else None,

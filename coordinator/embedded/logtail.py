@@ -11,14 +11,15 @@ from typing import BinaryIO
 MAX_READ = 256 * 1024  # bytes a poll
 MAX_LINES = 50  # alarms a poll; a flood of refused publishes must not flood our log too
 MAX_LINE = 1024  # characters of one alarm
+# Of nats-server.
 ALARM = re.compile(rb"\[(?:ERR|WRN|FTL)\]|Violation")
 
 
 class LogTail:
-    """The alarming lines that were added to `path` since the last poll. What is there already is not told."""
+    """The lines that match `alarm` and were added to `path` since the last poll. What is there already is not told."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, alarm: re.Pattern[bytes] = ALARM) -> None:
+        self._path, self._alarm = path, alarm
         self._file: BinaryIO | None = None
         self._rest = b""
         if self._reopen():
@@ -26,13 +27,13 @@ class LogTail:
             self._file.seek(0, os.SEEK_END)
 
     def poll(self) -> list[str]:
-        """New lines with [ERR], [WRN], [FTL] or "Violation", at most 50, the last naming the number left out."""
+        """New alarms, at most 50, the last naming the number left out."""
         data = self._read()
         if self._rotated() and self._reopen():  # the old file was read to its end first
             data += self._read()
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._rest = self._rest[-MAX_READ:]
-        alarms = [line.decode("utf-8", "replace")[:MAX_LINE] for line in lines if ALARM.search(line)]
+        alarms = [line.decode("utf-8", "replace")[:MAX_LINE] for line in lines if self._alarm.search(line)]
         if len(alarms) > MAX_LINES:
             alarms[MAX_LINES - 1 :] = [f"... and {len(alarms) - MAX_LINES + 1} more lines, see {self._path}"]
         return alarms
@@ -48,7 +49,9 @@ class LogTail:
             return b""
         assert self._file is not None
         behind = os.fstat(self._file.fileno()).st_size - self._file.tell()
-        if behind > MAX_READ:
+        if behind < 0:  # cut by `rotate`
+            self._file.seek(0)
+        elif behind > MAX_READ:
             self._file.seek(-MAX_READ, os.SEEK_END)
             self._rest = b""
         return self._file.read(MAX_READ)

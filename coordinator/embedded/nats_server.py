@@ -30,6 +30,7 @@ from coordinator.embedded.supervisor import Child
 MINIMUM_VERSION = (2, 15, 1)
 PROBE_SECONDS = 0.02
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}")
+Listeners = Mapping[str, tuple[str, int]]  # a listener's name -> its address and port
 _RESERVED = ("bmoe-admin", "coordinator", "registrar", "STREAMS")
 
 
@@ -129,7 +130,7 @@ def _user(
     name: str, publish: list[str], subscribe: list[str], imports: list[str], exports: str = "", responses: str = ""
 ) -> str:
     frames = f"ledger.frame.{name}.>"
-    return _template("ledger_user.conf").substitute(
+    return template("nats", "ledger_user.conf").substitute(
         name=name,
         publish=", ".join(map(_quote, [frames, *publish])),
         subscribe=", ".join(map(_quote, subscribe)),
@@ -168,14 +169,12 @@ def _prepare(
     server_name: str,
     tls: TlsFiles,
     probe: TlsFiles,
-    where: Mapping[str, tuple[str, int]],
+    where: Listeners,
     values: Mapping[str, str],
 ) -> Server:
     if not NAME.fullmatch(server_name):
         raise ConfigError(f"server name {server_name!r} must match {NAME.pattern}")
-    for path in (tls.cert, tls.key, tls.ca, probe.cert, probe.key, probe.ca):
-        if not path.is_file():
-            raise ConfigError(f"{kind}: certificate file {path} is missing")
+    check_files(kind, tls, probe)
     binary = find_nats_server()
     folder = private_dir(folder)
     common = {
@@ -190,18 +189,25 @@ def _prepare(
         "ca": _quote(tls.ca.resolve()),
     }
     config = folder / "nats.conf"
-    write_durably(config, _template(f"{kind}.conf").substitute(common, **values).encode(), 0o600)
+    write_durably(config, template("nats", f"{kind}.conf").substitute(common, **values).encode(), 0o600)
     child = Child(
         name=kind,
         argv=(str(binary), "-c", str(config)),
         log=folder / "output.log",
-        ready=partial(_serving, server_name, where, probe),
+        ready=partial(serving, server_name, where, probe),
         server_log=folder / "nats.log",
     )
     return Server(child, {name: port for name, (_, port) in where.items()})
 
 
-async def _serving(server_name: str, where: Mapping[str, tuple[str, int]], probe: TlsFiles) -> None:
+def check_files(kind: str, *files: TlsFiles) -> None:
+    """Raises ConfigError for a file that is not there."""
+    for path in (path for f in files for path in (f.cert, f.key, f.ca)):
+        if not path.is_file():
+            raise ConfigError(f"{kind}: certificate file {path} is missing")
+
+
+async def serving(server_name: str, where: Listeners, probe: TlsFiles) -> None:
     """Return when every port completes mutual TLS and the client port greets with our server's name."""
     context = ssl.create_default_context(cafile=str(probe.ca))
     context.load_cert_chain(probe.cert, probe.key)
@@ -232,12 +238,15 @@ async def _answers(host: str, port: int, context: ssl.SSLContext, server_name: s
             await writer.wait_closed()
 
 
-class _Template(string.Template):
-    delimiter = "@"  # NATS subjects are full of "$" and its configuration of braces
+class Template(string.Template):
+    """A configuration with "@" before each value: NATS subjects are full of "$", its configuration of braces."""
+
+    delimiter = "@"
 
 
-def _template(name: str) -> _Template:
-    return _Template((packaged("firmware_configs", "nats") / name).read_text(encoding="utf-8"))
+def template(kind: str, name: str) -> Template:
+    """A configuration under firmware_configs/."""
+    return Template((packaged("firmware_configs", kind) / name).read_text(encoding="utf-8"))
 
 
 def _quote(value: object) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from bmoe.protocol.errors import BmoeError, ConfigError, UnavailableError
 from coordinator.embedded import launch
-from coordinator.embedded.logtail import LogTail, last_lines, rotate
+from coordinator.embedded.logtail import ALARM, LogTail, last_lines, rotate
 from coordinator.embedded.ready import READY_FD, read_ready
 from coordinator.embedded.state_dir import MARK, end_leftovers, lock_state
 
@@ -32,7 +33,7 @@ class Child:
 
     `argv[0]` is an absolute path. `env` is added to ours. `log` takes stdout and stderr. `ready` returns once the
     process serves, with facts or None; without it the process must call `notify_ready` (coordinator.embedded.ready).
-    `server_log` is a log that the process writes itself; its alarms become events. Times are in seconds.
+    `server_log` is the log whose lines that match `alarm` become events. Times are in seconds.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Child:
     env: Mapping[str, str] = field(default_factory=dict)
     ready: Callable[[], Awaitable[Mapping[str, Any] | None]] | None = None
     server_log: Path | None = None
+    alarm: re.Pattern[bytes] = ALARM
     ready_within: float = 20.0
     grace: float = 10.0
 
@@ -110,7 +112,7 @@ class Supervisor:
         if child.name in self._slots:
             raise ConfigError(f"a child named {child.name} is running already")
         slot = _Slot(child, asyncio.get_running_loop().create_future())
-        slot.tail = LogTail(child.server_log) if child.server_log else None
+        slot.tail = LogTail(child.server_log, child.alarm) if child.server_log else None
         self._slots[child.name] = slot
         slot.task = asyncio.create_task(self._keep(slot), name=f"keep {child.name}")
         try:

@@ -26,12 +26,16 @@ DEVICE_SUFFIXES = ("pub", "sub", "source")
 
 @dataclass(frozen=True)
 class CertificateFacts:
-    """What counts of a certificate that TLS has verified already. Times in seconds since 1970."""
+    """What counts of a certificate that TLS has verified already. Times in seconds since 1970.
+
+    `session` is "" for a device itself, and a suffix for the certificate of a further session, CN=NAME:SUFFIX.
+    """
 
     name: str
     spki: bytes
     begin_s: int
     end_s: int
+    session: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,8 @@ def facts_of(certificate: x509.Certificate) -> CertificateFacts:
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise MessageError("a certificate must be for a P-256 key")
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    return CertificateFacts(names[0].value, spki_digest(key), int(begin.timestamp()), int(end.timestamp()))
+    name, _, session = names[0].value.partition(":")
+    return CertificateFacts(name, spki_digest(key), int(begin.timestamp()), int(end.timestamp()), session)
 
 
 def identify(facts: CertificateFacts | None, directory: Directory, now_s: float) -> Known:
@@ -80,14 +85,22 @@ def check_certificate(
     known = identify(facts, directory, now_s)
     if connection != "mqtt":
         raise RefusedError(f"{known.name} may connect by MQTT only, not by {connection or 'an unnamed protocol'}")
-    _check_client_id(known, client_id)
-    permissions = _BY_ROLE.get(known.role)
+    assert facts is not None
+    _check_client_id(known, client_id, facts.session)
+    return permissions_of(known.role, known.name)
+
+
+def permissions_of(role: str, name: str) -> Permissions:
+    """What a role may do under a name; raises RefusedError for one that has no part on the broker."""
+    permissions = _BY_ROLE.get(role)
     if permissions is None:
-        raise RefusedError(f"{known.name} ({known.role}) has no part on the broker")
-    return permissions(known.name)
+        raise RefusedError(f"{name} ({role}) has no part on the broker")
+    return permissions(name)
 
 
-def _check_client_id(known: Known, client_id: str) -> None:
+def _check_client_id(known: Known, client_id: str, session: str) -> None:
+    if session and client_id != f"{known.name}:{session}":
+        raise RefusedError(f"client id {client_id[:80]!r} is not the certificate's {known.name}:{session}")
     name, colon, suffix = client_id.partition(":")
     if name != known.name or (colon and known.role == "agent" and suffix not in DEVICE_SUFFIXES):
         forms = f", nor that and :{', :'.join(DEVICE_SUFFIXES)}" if known.role == "agent" else ""

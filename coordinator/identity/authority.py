@@ -105,14 +105,18 @@ class Authority:
         return self.certificate.fingerprint(hashes.SHA256())
 
     def issue_device(
-        self, csr: x509.CertificateSigningRequest, name: str, now: datetime.datetime | None = None
+        self, csr: x509.CertificateSigningRequest, name: str, now: datetime.datetime | None = None, session: str = ""
     ) -> bytes:
-        """A client certificate in PEM, subject CN=`name`, for the key of a request that `check_csr` passed; 30 days."""
+        """A client certificate in PEM, subject CN=`name`, for the key of a request that `check_csr` passed; 30 days.
+
+        With `session`, of a further session of that device: CN=`name`:`session`.
+        """
         if not is_name(name):
             raise MessageError(f"a device is named by 1..64 characters a-z 0-9 -, found {name!r}")
         key = csr.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
-        return self._issue(name, key, DEVICE_DAYS, now or _now(), [ExtendedKeyUsageOID.CLIENT_AUTH], None)
+        subject = f"{name}:{session}" if session else name
+        return self._issue(subject, key, DEVICE_DAYS, now or _now(), [ExtendedKeyUsageOID.CLIENT_AUTH], None)
 
     def issue_infrastructure(
         self,
@@ -127,6 +131,24 @@ class Authority:
             usages.append(ExtendedKeyUsageOID.SERVER_AUTH)
         names = None if hosts is None else x509.SubjectAlternativeName([_general_name(host) for host in hosts])
         return self._issue(name, key, INFRASTRUCTURE_DAYS, now or _now(), usages, names)
+
+    def revocation_list(self, serials: Iterable[int]) -> bytes:
+        """A CRL in PEM that lists these serial numbers. It is good for as long as the CA: each new one replaces it."""
+        builder = x509.CertificateRevocationListBuilder().issuer_name(self.certificate.subject)
+        builder = builder.last_update(_now() - BACKDATE).next_update(self.certificate.not_valid_after_utc)
+        for serial in serials:
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(_now())
+            builder = builder.add_revoked_certificate(entry.build())
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
+
+    def listed_as_revoked(self, pem: bytes) -> list[int] | None:
+        """The serial numbers, ascending, in a CRL of ours; None for anything else."""
+        try:
+            found = x509.load_pem_x509_crl(pem)
+        except ValueError:
+            return None
+        ours = found.is_signature_valid(self._key.public_key())
+        return sorted(revoked.serial_number for revoked in found) if ours else None
 
     def issued(self, certificate: x509.Certificate) -> bool:
         """Whether this CA signed the certificate."""
@@ -169,6 +191,20 @@ def load_or_create_key(path: Path) -> ec.EllipticCurvePrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ConfigError(f"key {path} is not a P-256 key: restore it")
     return key
+
+
+def self_signed_client(name: str, key: ec.EllipticCurvePrivateKey) -> bytes:
+    """A certificate in PEM for a client whom one server is to know by this very certificate, under no authority."""
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    end = _now() + datetime.timedelta(days=CA_DAYS)
+    builder = _builder(name, subject, key.public_key(), _now() - BACKDATE, end)
+    return (
+        builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
 
 
 def _self_signed(key: ec.EllipticCurvePrivateKey, now: datetime.datetime) -> x509.Certificate:

@@ -55,6 +55,10 @@ class Directory:
         """Why a name is denied, or None."""
         return self._revoked.get(name)
 
+    def revocations(self) -> list[tuple[str, str]]:
+        """(name, reason) of all that are denied, by name."""
+        return sorted(self._revoked.items())
+
     def everyone(self) -> list[Known]:
         """All that is known, by name."""
         return [self._known[name] for name in sorted(self._known)]

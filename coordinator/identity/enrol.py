@@ -20,6 +20,7 @@ from bmoe.ledger.rules.entries import Entry, MemberEntry
 from bmoe.protocol.errors import LedgerError, MessageError, RefusedError
 from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Enrolment, Member, open_message, seal_message
+from coordinator.identity.admission import DEVICE_SUFFIXES
 from coordinator.identity.authority import Authority, check_csr, csr_digest, spki_digest
 from coordinator.identity.directory import Directory, Known
 from coordinator.identity.tokens import ID_BYTES, SECRET_BYTES, TokenStore
@@ -130,9 +131,11 @@ class Enroller:
         directory: Directory,
         ledger: LedgerPort,
         clock: Callable[[], float] = time.time,
+        note: Callable[[bytes], None] = lambda pem: None,
     ) -> None:
+        """`note` is told of each device's certificate before anybody gets it."""
         self._authority, self._registrar, self._tokens = authority, registrar, tokens
-        self._directory, self._ledger, self._clock = directory, ledger, clock
+        self._directory, self._ledger, self._clock, self._note = directory, ledger, clock, note
         self._turn = asyncio.Lock()  # two boards of one name must not both pass the check before either is entered
 
     async def enrol(self, applicant: Applicant) -> Enrolled:
@@ -147,7 +150,7 @@ class Enroller:
             if known is None or (known.spki, known.owner) != (applicant.spki, grant.owner):
                 member = Known(name, "agent", grant.owner, applicant.public_key, applicant.spki)
                 known = await self._enter(member, grant.batch, now_ms)
-        certificate = self._authority.issue_device(applicant.csr, name)
+        certificate = self._issue(applicant.csr, name, "")
         return Enrolled(name, certificate, known.owner, known.statement)
 
     async def _enter(self, member: Known, batch: str, now_ms: int) -> Known:
@@ -158,8 +161,11 @@ class Enroller:
             raise LedgerError(f"the ledger did not accept {member.name}: its log has a rejected entry with the reason")
         return known
 
-    def renew(self, known: Known, pem: str) -> bytes:
-        """A new certificate for the TLS key that `known` enrolled with; raises RefusedError for another key."""
+    def renew(self, known: Known, pem: str, session: str = "") -> bytes:
+        """A new certificate for the TLS key that `known` enrolled with, for itself or for a further session of it.
+
+        Raises RefusedError for another key, and MessageError for a session that no device may have.
+        """
         csr = check_csr(pem)
         key = csr.public_key()
         assert isinstance(key, ec.EllipticCurvePublicKey)
@@ -167,9 +173,16 @@ class Enroller:
             raise RefusedError(
                 f"{known.name} renews with the TLS key that it enrolled with: a new key needs a new token"
             )
+        if session and (known.role != "agent" or session not in DEVICE_SUFFIXES):
+            raise MessageError(f"a device's further sessions are {', '.join(DEVICE_SUFFIXES)}, found {session[:20]!r}")
         if known.role == "agent":
-            return self._authority.issue_device(csr, known.name)
+            return self._issue(csr, known.name, session)
         return self._authority.issue_infrastructure(known.name, key)
+
+    def _issue(self, csr: x509.CertificateSigningRequest, name: str, session: str) -> bytes:
+        pem = self._authority.issue_device(csr, name, session=session)
+        self._note(pem)
+        return pem
 
 
 def certify(registrar: Signer, ledger: LedgerPort, member: Known, batch: str, now_ms: int) -> bytes:

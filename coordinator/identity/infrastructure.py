@@ -18,9 +18,10 @@ from bmoe.protocol.keys import Signer
 from coordinator.embedded.nats_server import TlsFiles
 from coordinator.embedded.nkey_file import nkey_public
 from coordinator.embedded.state_dir import private_dir
-from coordinator.identity.authority import Authority, load_or_create_key, spki_digest
+from coordinator.identity.authority import Authority, load_or_create_key, self_signed_client, spki_digest
 
 SERVER = "bmoe-server"
+DOOR = "registrar-door"
 ADMIN = "bmoe-admin"
 _ALWAYS = ("localhost", "127.0.0.1", "::1")
 
@@ -49,7 +50,10 @@ class Identity:
     broker_keys: BrokerKeys
 
     def tls(self, name: str) -> TlsFiles:
-        """Certificate and key of one of our processes ("bmoe-server" is the servers'), and the CA."""
+        """Certificate and key of one of our processes ("bmoe-server" is the servers'), and the CA.
+
+        "registrar-door" is what the registrar shows to Mosquitto: a certificate of its own making.
+        """
         pki = self.folder / "pki"
         return TlsFiles(pki / f"{name}.pem", pki / f"{name}.key", self.folder / "ca.pem")
 
@@ -82,6 +86,9 @@ def prepare_identity(state: Path, validators: Sequence[str], hosts: Iterable[str
     ensure_certificate(identity, SERVER, sorted({*_ALWAYS, socket.gethostname(), *hosts}))
     for name in ("coordinator", "registrar", ADMIN, *validators):
         ensure_certificate(identity, name, None)
+    door = identity.tls(DOOR)
+    if not door.cert.exists():
+        write_durably(door.cert, self_signed_client("registrar", load_or_create_key(door.key)))
     return identity
 
 

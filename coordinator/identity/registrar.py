@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerError, UnavailableError
 from bmoe.protocol.figures import Figures, hand_on
 from bmoe.protocol.keys import Signer
+from bmoe.protocol.link import LinkSettings
 from bmoe.storage.evidence import EvidenceReader
 from bmoe.storage.manifest import Model
 from coordinator import logs
@@ -40,14 +42,16 @@ from coordinator.identity.broker import connected
 from coordinator.identity.callout import Callout
 from coordinator.identity.desk import LedgerDesk
 from coordinator.identity.directory import Directory
+from coordinator.identity.door import Door
 from coordinator.identity.enrol import Enroller
 from coordinator.identity.founding import missing_entries
 from coordinator.identity.https import fleet_serving, server_tls
-from coordinator.identity.infrastructure import ADMIN, SERVER, Identity, open_identity
+from coordinator.identity.infrastructure import ADMIN, DOOR, SERVER, Identity, open_identity
+from coordinator.identity.issued import Issued
 from coordinator.identity.jwt import Issuer
 from coordinator.identity.kick import Kicker
 from coordinator.identity.releases import check_publishable, release_entries
-from coordinator.identity.server import Fleet, make_app
+from coordinator.identity.server import Fleet, make_app, nothing
 from coordinator.identity.tokens import TokenStore
 from coordinator.logs import set_up_logs
 from coordinator.state_layout import StateLayout
@@ -67,7 +71,11 @@ class Registrar:
         self.directory.administrator(ADMIN, self.identity.spki(ADMIN))
         self._sweep = asyncio.Event()
         self._desk: LedgerDesk
-        self._kicker: Kicker
+        self._issued: Issued
+        # What the broker, whichever it is, lets us do.
+        self._drop: Callable[[str, str], Awaitable[int]]
+        self._sweep_now: Callable[[], Awaitable[int]]
+        self._admit: Callable[[], Awaitable[None]] = nothing
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[int], None]) -> None:
         """Serve until `stop` is set; raises the error of a part that failed for good."""
@@ -77,7 +85,9 @@ class Registrar:
             raise ConfigError(f"{self.layout.ports} names no {', '.join(sorted(missing))}: bring the gateway up first")
         async with contextlib.AsyncExitStack() as stack:
             following = await self._open_ledger(stack, ports["ledger.client"])
-            await self._open_broker(stack, ports["broker.client"])
+            self._issued = Issued(self.identity.folder / "issued.db")
+            stack.callback(self._issued.close)
+            await _OPEN[self.settings.broker](self, stack, ports["broker.client"])
             app = self._application(stack, ports["broker.mqtt"], ports["fleet"])
             context = server_tls(self.identity.tls(SERVER))
             on_ready(await stack.enter_async_context(fleet_serving(app, self.settings.host, ports["fleet"], context)))
@@ -101,7 +111,7 @@ class Registrar:
         self.directory.revoked(name, reason)
         self._sweep.set()
         try:
-            ended = await self._kicker.drop(name, reason)
+            ended = await self._drop(name, reason)
         except UnavailableError as error:  # the sweep goes on trying
             self.report("kick_failed", device=name, reason=str(error))
             ended = 0
@@ -153,13 +163,22 @@ class Registrar:
             self.report("ledger_founded", origin=trust.origin, entries=len(missing))
         return following
 
-    async def _open_broker(self, stack: contextlib.AsyncExitStack, port: int) -> None:
+    async def _open_nats(self, stack: contextlib.AsyncExitStack, port: int) -> None:
         where = (self.identity, "127.0.0.1", port)
         system = await stack.enter_async_context(connected(*where, "system", self.report, self._sweep.set))
-        self._kicker = Kicker(system, self.report)
+        kicker = Kicker(system, self.report)
+        self._drop, self._sweep_now = kicker.drop, partial(kicker.sweep, self._refused)
         callout = await stack.enter_async_context(connected(*where, "callout", self.report))
         issuer = Issuer.load(self.identity.broker_keys.seed("issuer"))
         await Callout(issuer, self.directory, self.report).serve(callout)
+
+    async def _open_mosquitto(self, stack: contextlib.AsyncExitStack, port: int) -> None:
+        files = self.identity.tls(DOOR)
+        settings = LinkSettings("127.0.0.1", port, "registrar", files.ca, files.cert, files.key, backoff_min_s=0.05)
+        parts = (self.settings.state, self.identity.authority, self.directory, self._issued)
+        door = Door(*parts, settings, self._refused, self.report)
+        await stack.enter_async_context(door.opened(self._sweep.set))
+        self._drop, self._sweep_now, self._admit = door.drop, door.sweep, door.apply
 
     def _application(self, stack: contextlib.AsyncExitStack, mqtt: int, port: int) -> FastAPI:
         identity, desk = self.identity, self._desk
@@ -169,7 +188,9 @@ class Registrar:
         fleet = Fleet(
             authority=identity.authority,
             directory=self.directory,
-            enroller=Enroller(identity.authority, identity.registrar, tokens, self.directory, desk),
+            enroller=Enroller(
+                identity.authority, identity.registrar, tokens, self.directory, desk, note=self._note_certificate
+            ),
             blobs=self.layout.blobs,
             releases=desk.state.release_statements.get,
             evidence=EvidenceReader(self.layout.evidence).get,
@@ -179,6 +200,7 @@ class Registrar:
             broker=(dialled, mqtt),
             report=self.report,
             models=desk.state.model_statements.get,
+            admit=self._admit,
         )
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"
@@ -192,18 +214,25 @@ class Registrar:
             await self._sweep.wait()
             self._sweep.clear()
             try:
-                await self._kicker.sweep(self._refused)
+                await self._sweep_now()
                 # One that was admitted just before its revocation may be listed only just after it.
                 await asyncio.sleep(AGAIN_S)
-                await self._kicker.sweep(self._refused)
+                await self._sweep_now()
             except UnavailableError as error:
                 self.report("sweep_failed", reason=str(error))
                 await asyncio.sleep(AGAIN_S)
                 self._sweep.set()
 
+    def _note_certificate(self, pem: bytes) -> None:
+        self._issued.note(pem)
+        self._sweep.set()  # a device that enrolled anew with another key: what it had before is to be denied
+
     def _refused(self, name: str) -> str | None:
         reason = self.directory.revocation(name)
         return reason if reason or self.directory.find(name) else "not enrolled"
+
+
+_OPEN = {"nats": Registrar._open_nats, "mosquitto": Registrar._open_mosquitto}
 
 
 def _published(state: State, model: Model, digest: bytes) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,9 +42,16 @@ _STATUS: tuple[tuple[type[BmoeError], int], ...] = (
 )
 
 
+async def nothing() -> None:
+    """On NATS the callout is asked at each connection, and need not be told before."""
+
+
 @dataclass(frozen=True)
 class Fleet:
-    """All that the handlers ask: `releases`, `evidence` and `models` give bytes by digest, task id and name, or None."""
+    """All that the handlers ask: `releases`, `evidence` and `models` give bytes by digest, task id and name, or None.
+
+    `admit()` returns once the broker knows of a session whose certificate was issued.
+    """
 
     authority: Authority
     directory: Directory
@@ -59,6 +66,7 @@ class Fleet:
     report: Report
     clock: Callable[[], float] = time.time
     models: Callable[[str], bytes | None] = lambda name: None
+    admit: Callable[[], Awaitable[None]] = nothing
 
 
 def make_app(fleet: Fleet) -> FastAPI:
@@ -89,11 +97,14 @@ async def _ca(fleet: Fleet, request: Request) -> Response:
 
 async def _renew(fleet: Fleet, request: Request) -> Response:
     known = peer(fleet, request)
-    pem = (await read_json(request)).get("csr")
-    if not isinstance(pem, str):
-        raise MessageError("csr must be a certificate request in PEM")
-    certificate = fleet.enroller.renew(known, pem)
-    fleet.report("certificate_renewed", device=known.name)
+    body = await read_json(request)
+    pem, session = body.get("csr"), body.get("session", "")
+    if not isinstance(pem, str) or not isinstance(session, str):
+        raise MessageError("csr must be a certificate request in PEM, session a text")
+    certificate = fleet.enroller.renew(known, pem, session)
+    if session:
+        await fleet.admit()
+    fleet.report("certificate_renewed", device=known.name, session=session)
     return JSONResponse({"certificate": certificate.decode()})
 
 

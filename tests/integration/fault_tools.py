@@ -15,6 +15,7 @@ import numpy as np
 from ledger_check import LedgerFacts
 
 from benchmarks.fleet import GATEWAY, LocalFleet
+from benchmarks.mosquitto import chosen
 from benchmarks.processes import command, descendants
 from bmoe.client import Answer, Client
 from bmoe.protocol.errors import BmoeError, UnavailableError
@@ -27,7 +28,7 @@ MARKS = {
     "coordinator": "coordinator.service",
     "registrar": "coordinator.identity.registrar",
     "validator-1": "bmoe.ledger.validator",
-    "broker": "/broker/nats.conf",
+    "broker": "/broker/nats.conf" if chosen() == "nats" else "/broker/mosquitto.conf",
     "ledger": "/ledger/nats.conf",
 }
 

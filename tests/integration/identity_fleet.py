@@ -6,12 +6,14 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 from embedded_servers import PATIENCE, Events
 
+from benchmarks import mosquitto
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.rules.membership import quorum_of
@@ -25,12 +27,13 @@ from bmoe.protocol.tls import mutual_tls
 from coordinator.cli.admin import Admin
 from coordinator.config import load_settings
 from coordinator.embedded.ledger_stream import ensure_ledger_stream
-from coordinator.embedded.nats_server import TlsFiles, prepare_broker, prepare_ledger
+from coordinator.embedded.nats_server import TlsFiles, prepare_ledger
 from coordinator.embedded.ports import Listen, claim_ports, read_ports
 from coordinator.embedded.supervisor import Supervisor
 from coordinator.identity.infrastructure import SERVER, Identity, prepare_identity
 from coordinator.identity.registrar import Registrar
 from coordinator.state_layout import StateLayout
+from coordinator.up import prepare_agents_broker
 from edge_agent.identity import Identity as Board
 from edge_agent.join import join
 
@@ -205,20 +208,17 @@ class Peer:
 @contextlib.asynccontextmanager
 async def running_site(state: Path) -> AsyncIterator[Site]:
     """A gateway without coordinator and validator processes, its registrar running."""
+    os.environ.update(mosquitto.settings(mosquitto.chosen()))
     events = Events()
     async with Supervisor(state, events) as supervisor:
         identity = prepare_identity(state, [VALIDATOR])
         site = Site(state, supervisor, events, identity)
         _found(site)
         claim_ports(state, {"fleet": Listen()})
-        keys = identity.broker_keys
         servers = [
-            prepare_broker(
-                state, identity.tls(SERVER), identity.tls("coordinator"),
-                callout_issuer=keys.issuer, callout_user=keys.callout, system_user=keys.system,
-            ),
+            prepare_agents_broker(load_settings(state=state), identity),
             prepare_ledger(state, identity.tls(SERVER), identity.tls("coordinator"), validators=[VALIDATOR]),
-        ]  # fmt: skip
+        ]
         for server in servers:
             await supervisor.start(server.child)
         await _make_stream(site, servers[1].ports["client"])

@@ -23,12 +23,15 @@ from bmoe.ledger.rules.combine import choose
 from bmoe.protocol.link import LinkSettings, Will
 from bmoe.protocol.messages import MAX_TENSORS, Status, Task, open_message, seal_message, tensors_from
 from bmoe.protocol.tensors import Tensor
+from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
 from bmoe.storage.evidence import EvidenceReader
 from bmoe.storage.packaged import packaged
 from coordinator.cli.admin import Admin
 from coordinator.state_layout import StateLayout
 from edge_agent.admit import Admitted
+from edge_agent.certificates import ensure
+from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity
 from edge_agent.join import join
 from edge_agent.sign import Stamp, sign
@@ -210,8 +213,12 @@ class Board:
     def settings(self, client_id: str) -> LinkSettings:
         """How this board connects under a client id, its own or not."""
         i = self.identity
+        _, _, session = client_id.partition(":")
+        if session:
+            ensure(i, FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key)), session)
+        certificate = i.certificate_of(session)
         return LinkSettings(
-            i.broker_host, i.broker_port, client_id, i.ca, i.certificate, i.key, backoff_min_s=0.05, backoff_max_s=0.2
+            i.broker_host, i.broker_port, client_id, i.ca, certificate, i.key, backoff_min_s=0.05, backoff_max_s=0.2
         )
 
     def stamp(self, name: str | None = None) -> Stamp:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from brokers import NATS
 from certs import issue, make_authority
 from fault_tools import until
 from identity_fleet import Peer
@@ -57,12 +58,12 @@ async def test_a_device_without_a_certificate_gets_no_word_in(fleet: LiveFleet) 
     naked = ssl.create_default_context(cafile=str(fleet.layout.ca))
     reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=naked)
     address = "{}:{}".format(*writer.get_extra_info("sockname"))
-    with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+    with pytest.raises((ssl.SSLError, ConnectionResetError)):
         writer.write(CONNECT)
         await reader.read(4)
     writer.close()
-    alarm = await fleet.logged("up", "server_alarm", server="broker", line=f"{address} - ")
-    assert "client didn't provide a certificate" in alarm["line"]
+    alarm = await fleet.logged("up", "server_alarm", server="broker", line=f"{address} - " if NATS else "SSL routines")
+    assert ("client didn't provide a certificate" if NATS else "peer did not return a certificate") in alarm["line"]
     with pytest.raises(RefusedError, match="no client certificate"):
         await asyncio.to_thread(https(fleet).get, A_BLOB)
     line = await fleet.logged("registrar", "request_refused", path=A_BLOB, reason="no client certificate")
@@ -77,7 +78,7 @@ async def test_a_device_with_a_certificate_of_its_own_making_gets_no_word_in(fle
     async with Peer(forged) as thief:
         await thief.until(lambda: bool(thief.downs))
         assert not thief.link.connected
-    await fleet.logged("up", "server_alarm", line="failed to verify certificate")
+    await fleet.logged("up", "server_alarm", line="failed to verify certificate" if NATS else "verify failed")
     with pytest.raises(UnavailableError):
         await asyncio.to_thread(https(fleet, certificate, key).get, A_BLOB)
     await fleet.unharmed()
@@ -92,8 +93,11 @@ async def test_a_revoked_device_loses_its_session_and_every_door(fleet: LiveFlee
         assert f"{name} is revoked; sessions ended: 1" in fleet.fleet.log("revoke").read_text()
         await fleet.online(name, False)  # its last will: the session is gone
         assert (await fleet.logged("registrar", "session_ended", device=name))["reason"] == why
-        refused = await fleet.logged("registrar", "connect_refused", device=name)
-        assert refused["reason"] == f"{name} is revoked: {why}"
+        if NATS:
+            refused = await fleet.logged("registrar", "connect_refused", device=name)
+            assert refused["reason"] == f"{name} is revoked: {why}"
+        else:  # Mosquitto knows the certificate, and no name
+            await fleet.logged("up", "server_alarm", server="broker", line="verify failed")
         assert "event=link_down" in fleet.fleet.log(name).read_text()
         board = load_identity(fleet.fleet.folder(name))
         with pytest.raises(RefusedError, match=f"{name} is revoked: {why}"):
@@ -104,23 +108,31 @@ async def test_a_revoked_device_loses_its_session_and_every_door(fleet: LiveFlee
     assert await fleet.standing_of(name) == "revoked"
 
 
-async def test_a_device_under_anothers_client_id_is_refused_and_the_owner_serves_on(fleet: LiveFleet) -> None:
+async def test_a_device_under_anothers_client_id_does_not_become_it_and_the_owner_serves_on(fleet: LiveFleet) -> None:
     async with fleet.board("thief") as thief:
-        async with Peer(thief.settings("edge-01")) as posing:
-            await posing.until(lambda: any("not authorised" in reason for reason in posing.downs))
-        line = await fleet.logged("registrar", "connect_refused", device="thief", client_id="edge-01")
-        assert line["reason"] == "client id 'edge-01' is not the certificate's name 'thief'"
+        if NATS:
+            async with Peer(thief.settings("edge-01")) as posing:
+                await posing.until(lambda: any("not authorised" in reason for reason in posing.downs))
+            line = await fleet.logged("registrar", "connect_refused", device="thief", client_id="edge-01")
+            assert line["reason"] == "client id 'edge-01' is not the certificate's name 'thief'"
+        else:  # Mosquitto takes the certificate's name for the client id: the thief ends a session of its own alone
+            async with Peer(thief.settings("edge-01"), topic("edge-01", "task")) as posing:
+                await posing.up()
+                await thief.peer.until(lambda: bool(thief.peer.downs))
+                await fleet.answers_right("full")
+                assert posing.heard == []
         facts = await fleet.unharmed()  # edge-01 has not lost its connection
     assert facts.outputs_of("edge-01")
 
 
-async def test_speaking_on_anothers_topic_is_not_delivered_and_named(fleet: LiveFleet) -> None:
+async def test_speaking_on_anothers_topic_is_not_delivered(fleet: LiveFleet) -> None:
     before = (await fleet.gateway.ask("statistics"))["refused_outputs"]
     async with fleet.board("squatter") as squatter:
         for channel in ("output", "status", "complaint", "task"):
             await squatter.send(b"not mine to say", device="edge-01", channel=channel)
             subject = f"bmoe.v1.edge-01.{channel}"
-            await fleet.logged("up", "server_alarm", line=f'"squatter" - Publish Violation - Subject "{subject}"')
+            if NATS:  # Mosquitto drops it without a word that we could afford to have logged
+                await fleet.logged("up", "server_alarm", line=f'"squatter" - Publish Violation - Subject "{subject}"')
         # The same connection's next message is delivered, so what came before it was not merely late.
         await squatter.send(b"mine to say")
         await fleet.rejected("squatter", "expected a COSE_Sign1")
@@ -131,14 +143,17 @@ async def test_speaking_on_anothers_topic_is_not_delivered_and_named(fleet: Live
     assert facts.state.standing("squatter") is Standing.PROBATION
 
 
-async def test_listening_on_anothers_topic_is_refused_and_named(fleet: LiveFleet) -> None:
+async def test_listening_on_anothers_topic_hears_nothing(fleet: LiveFleet) -> None:
     async with fleet.board("spy") as spy:
         for spied in (topic("edge-01", "task"), topic("+", "output"), "#"):
             async with Peer(spy.settings("spy"), spied) as listener:
-                await listener.until(lambda heard=listener.downs: any("not permitted" in r for r in heard))  # type: ignore[misc]
-                subject = spied.replace("/", ".").replace("+", "*").replace("#", ">")
-                line = f'"spy" - Subscription Violation - Subject "{subject}"'
-                await fleet.logged("up", "server_alarm", line=line)
+                if NATS:
+                    await listener.until(lambda heard=listener.downs: any("not permitted" in r for r in heard))  # type: ignore[misc]
+                    subject = spied.replace("/", ".").replace("+", "*").replace("#", ">")
+                    line = f'"spy" - Subscription Violation - Subject "{subject}"'
+                    await fleet.logged("up", "server_alarm", line=line)
+                else:  # Mosquitto grants every subscription, and delivers only what may be read
+                    await listener.up()
                 await fleet.answers_right("full")
                 assert listener.heard == []
         await fleet.unharmed()
@@ -260,7 +275,8 @@ async def test_answering_twice_differently_ends_a_device_at_once(fleet: LiveFlee
         await fleet.logged("coordinator", "equivocation", agent=name)
         ended = await fleet.logged("registrar", "session_ended", device=name)
         assert ended["reason"] == "standing revoked: equivocated"
-        await fleet.logged("registrar", "connect_refused", device=name, reason="revoked")
+        if NATS:
+            await fleet.logged("registrar", "connect_refused", device=name, reason="revoked")
         await fleet.online(name, False)
         facts = await fleet.unharmed()
     proof = next(e for e in facts.equivocations if open_message(Output, e.first).header.author == name)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from brokers import NATS, REVOKED, UNWANTED, nats_only
 from certs import issue, make_authority
 from identity_fleet import VALIDATOR, Peer, Site, running_site, tls_of
 
@@ -109,9 +110,10 @@ async def test_stranger_gets_no_further_than_tls(site: Site, tmp_path: Path) -> 
         assert not thief.link.connected
     naked = ssl.create_default_context(cafile=str(site.layout.ca))
     reader, writer = await asyncio.open_connection("127.0.0.1", thief.link.settings.port, ssl=naked)
-    with pytest.raises(ssl.SSLError, match="CERTIFICATE_REQUIRED"):
+    with pytest.raises((ssl.SSLError, ConnectionResetError)) as closed:
         writer.write(b"\x10\x10\x00\x04MQTT\x04\x02\x00\x00\x00\x04pi-1")
         await reader.read(4)
+    assert not isinstance(closed.value, ssl.SSLError) or "CERTIFICATE_REQUIRED" in str(closed.value)
     writer.close()
     assert (await site.call("GET", "/v1/blobs/" + "0" * 64))[0] == 403
 
@@ -124,29 +126,33 @@ async def test_certificate_of_a_name_that_was_never_enrolled_is_refused(site: Si
     files = TlsFiles(tmp_path / "ghost.pem", board.key, board.ca)
     async with Peer(site.settings(files, "pi-ghost")) as ghost:
         refused = await site.reported("connect_refused", device="pi-ghost")
-        await ghost.until(lambda: any("not authorised" in reason for reason in ghost.downs))
-    assert refused == {
-        "device": "pi-ghost", "client_id": "pi-ghost", "address": "127.0.0.1", "reason": "pi-ghost is not enrolled",
-    }  # fmt: skip
+        await ghost.until(lambda: any(UNWANTED in reason for reason in ghost.downs))
+    assert refused["reason"].endswith("not enrolled")
+    assert (refused["client_id"], refused["address"]) == ("pi-ghost", "127.0.0.1")
     assert (await site.call("GET", "/v1/members", files=files))[0] == 403
 
 
-async def test_thief_of_a_client_id_is_refused_and_its_owner_stays_connected(site: Site, tmp_path: Path) -> None:
+async def test_thief_of_a_client_id_is_refused_or_overruled_and_its_owner_stays_connected(
+    site: Site, tmp_path: Path
+) -> None:
     owner, thief = await site.board("pi-owner", tmp_path / "a"), await site.board("pi-thief", tmp_path / "b")
     async with device(site, owner) as honest, coordinator(site) as boss:
         await honest.up()
         await boss.up()
-        async with Peer(site.settings(tls_of(thief), "pi-owner")):
-            refused = await site.reported("connect_refused", device="pi-thief", client_id="pi-owner")
-        assert "client id 'pi-owner' is not the certificate's name 'pi-thief'" in refused["reason"]
+        async with Peer(site.settings(tls_of(thief), "pi-owner"), topic("pi-thief", "task")) as posing:
+            if NATS:
+                refused = await site.reported("connect_refused", device="pi-thief", client_id="pi-owner")
+                assert "client id 'pi-owner' is not the certificate's name 'pi-thief'" in refused["reason"]
+            else:  # Mosquitto takes the name from the certificate, whatever the client calls itself
+                await posing.up()
+                await boss.link.publish(topic("pi-thief", "task"), b"to the thief itself")
+                await posing.hears(topic("pi-thief", "task"), b"to the thief itself")
         await boss.link.publish(topic("pi-owner", "task"), b"still here?")
         await honest.hears(topic("pi-owner", "task"), b"still here?")
         assert not honest.downs
 
 
-async def test_speaking_and_listening_as_another_is_not_delivered_and_named_in_the_log(
-    site: Site, tmp_path: Path
-) -> None:
+async def test_speaking_and_listening_as_another_is_not_delivered(site: Site, tmp_path: Path) -> None:
     liar, victim = await site.board("pi-liar", tmp_path / "a"), await site.board("pi-victim", tmp_path / "b")
     async with coordinator(site) as boss, device(site, liar) as pi, device(site, victim) as other:
         for peer in (boss, pi, other):
@@ -156,12 +162,21 @@ async def test_speaking_and_listening_as_another_is_not_delivered_and_named_in_t
         await pi.link.publish(topic("pi-liar", "output"), b"own", qos=1)
         await boss.hears(topic("pi-liar", "output"), b"own")
         assert b"forged" not in [payload for _, payload in [*boss.heard, *other.heard, *pi.heard]]
-        for subject in ("pi-victim.output", "pi-victim.task", "pi-liar.task"):
+        for subject in ("pi-victim.output", "pi-victim.task", "pi-liar.task") if NATS else ():
             line = f'"pi-liar" - Publish Violation - Subject "bmoe.v1.{subject}"'
             await site.events.wait_for("broker", "log", text=line)
     for spied in (topic("pi-victim", "task"), "bmoe/#", "#", "$SYS/#", "$MQTT/#"):
-        async with Peer(site.settings(tls_of(liar), "pi-liar"), spied) as spy:
-            await spy.until(lambda spy=spy: any("not permitted" in reason for reason in spy.downs))  # type: ignore[misc]
+        own = topic("pi-liar", "task")
+        async with Peer(site.settings(tls_of(liar), "pi-liar"), spied, own) as spy, coordinator(site) as boss:
+            if NATS:
+                await spy.until(lambda spy=spy: any("not permitted" in reason for reason in spy.downs))  # type: ignore[misc]
+            else:  # Mosquitto grants any subscription, names it in the log, and delivers nothing that may not be read
+                await spy.up()
+                await boss.up()
+                await boss.link.publish(topic("pi-victim", "task"), b"not for you")
+                await boss.link.publish(own, b"for you")
+                await spy.hears(own, b"for you")
+                assert {name for name, _ in spy.heard} == {own}
 
 
 async def test_revoked_device_loses_its_session_and_every_door(site: Site, tmp_path: Path) -> None:
@@ -173,8 +188,10 @@ async def test_revoked_device_loses_its_session_and_every_door(site: Site, tmp_p
         answer = await site.admin("POST", "/v1/admin/devices/pi-stolen/revoke", {"reason": "stolen from site 4"})
         assert answer == {"name": "pi-stolen", "sessions_ended": 1}
         await boss.hears(topic("pi-stolen", "status"), b"lost")
-        await pi.until(lambda: any("not authorised" in reason for reason in pi.downs))
-        assert (await site.reported("connect_refused", device="pi-stolen"))["reason"].endswith("stolen from site 4")
+        await pi.until(lambda: any(REVOKED in reason for reason in pi.downs))
+        if NATS:  # on Mosquitto it does not get as far as to have a name
+            refused = await site.reported("connect_refused", device="pi-stolen")
+            assert refused["reason"].endswith("stolen from site 4")
         assert not pi.link.connected
     state = await site.ledger_state()
     assert state.standing("pi-stolen") is Standing.REVOKED
@@ -197,11 +214,12 @@ async def test_agent_that_the_ledger_convicts_loses_its_session_without_an_opera
     async with device(site, board) as pi, site.coordinator_author() as author:
         await pi.up()
         await author.enter((Equivocation, {"first": said[0], "second": said[1]}))
-        await pi.until(lambda: any("not authorised" in reason for reason in pi.downs))
+        await pi.until(lambda: any(REVOKED in reason for reason in pi.downs))
     ended = await site.reported("session_ended", device="pi-two-faced")
     assert ended["reason"] == "standing revoked: equivocated"
 
 
+@nats_only("Mosquitto looks at a certificate's time when a session begins, and never again")
 async def test_session_ends_with_its_certificate(site: Site, tmp_path: Path) -> None:
     board = await site.board("pi-late", tmp_path)
     now = datetime.datetime.now(datetime.timezone.utc)
@@ -238,13 +256,13 @@ async def test_killed_broker_finds_its_callout_and_its_devices_again(site: Site,
         os.kill(site.supervisor.pids()["broker"], 9)
         for peer in (pi, thief):
             await peer.until(lambda peer=peer: not peer.link.connected)  # type: ignore[misc]
-        for user in ("callout", "system"):
+        for user in ("callout", "system") if NATS else ("registrar",):
             await site.reported("broker_connection_renewed", user=user)
         await pi.up()
         await thief.up()
         answer = await site.admin("POST", "/v1/admin/devices/pi-gone/revoke", {"reason": "lost"})
         assert answer["sessions_ended"] == 1
-        await thief.until(lambda: any("not authorised" in reason for reason in thief.downs))
+        await thief.until(lambda: any(REVOKED in reason for reason in thief.downs))
 
 
 async def test_killed_registrar_knows_whom_it_answered(site: Site, tmp_path: Path) -> None:

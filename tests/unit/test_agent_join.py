@@ -18,11 +18,12 @@ from bmoe.protocol.encoding import encode
 from bmoe.protocol.errors import ConfigError, MessageError, RefusedError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.tls import mutual_tls
+from edge_agent.certificates import ensure, is_due, renew, wait_for
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity, identity_file, load_identity
 from edge_agent.join import join
 from edge_agent.join_token import PREFIX, JoinToken, parse_token
-from edge_agent.trust import Trust, is_due
+from edge_agent.trust import Trust
 
 TOKEN = JoinToken("https://192.168.1.10:8443", b"t" * 8, b"s" * 16, b"p" * 32)
 
@@ -185,10 +186,27 @@ async def test_certificates_are_renewed_for_the_same_key_after_two_thirds_of_the
     begin, end = (ssl.cert_time_to_seconds(decoded(identity.certificate)[k]) for k in ("notBefore", "notAfter"))
     assert not is_due(old, begin + (end - begin) * 0.66) and is_due(old, begin + (end - begin) * 0.67)
     files = (identity.ca, identity.certificate, identity.key)
-    trust = Trust(identity, FleetClient(identity.url, lambda: mutual_tls(*files)))
-    await asyncio.to_thread(trust._renew)
-    assert identity.certificate.read_bytes() != old
+    fleet = FleetClient(identity.url, lambda: mutual_tls(*files))
+    await asyncio.to_thread(renew, identity, fleet)
+    renewed = identity.certificate.read_bytes()
+    assert renewed != old
     mutual_tls(*files)
+    await asyncio.to_thread(ensure, identity, fleet)
+    assert identity.certificate.read_bytes() == renewed, "not before it is due"
+
+
+async def test_a_further_session_gets_a_certificate_of_its_own_for_the_same_key(
+    server: FleetServer, tmp_path: Path
+) -> None:
+    identity = await joined(tmp_path / "board", server.token(), "kitchen-pi")
+    fleet = FleetClient(identity.url, lambda: mutual_tls(identity.ca, identity.certificate, identity.key))
+    await wait_for(identity, fleet, "sub")
+    path = identity.certificate_of("sub")
+    assert decoded(path)["subject"] == ((("commonName", "kitchen-pi:sub"),),)  # type: ignore[comparison-overlap]
+    mutual_tls(identity.ca, path, identity.key)
+    with pytest.raises(RefusedError, match="further sessions are pub, sub, source, found 'root'"):
+        await asyncio.to_thread(ensure, identity, fleet, "root")
+    assert not identity.certificate_of("root").exists()
 
 
 def decoded(path: Path) -> dict[str, str]:
