@@ -32,8 +32,8 @@ from coordinator.embedded.nats_server import Server, prepare_broker, prepare_led
 from coordinator.embedded.ports import Listen, claim_ports
 from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
-from coordinator.identity.door import NOBODY, write_lists
-from coordinator.identity.infrastructure import DOOR, SERVER, Identity, prepare_identity
+from coordinator.identity.guard import NOBODY, write_lists
+from coordinator.identity.infrastructure import GUARD, SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs
 from coordinator.models.publish import model_folder, publish
 from coordinator.process_figures import ProcessFigures
@@ -170,7 +170,7 @@ def _prepare_mosquitto(settings: GatewaySettings, identity: Identity) -> Server:
         settings.mosquitto,
         identity.tls(SERVER),
         identity.tls(COORDINATOR),
-        identity.tls(DOOR).cert,
+        identity.tls(GUARD).cert,
         mqtt=Listen(settings.host, settings.mqtt_port or None),
     )
 

@@ -1,6 +1,6 @@
 """Mosquitto as the agents' broker of an embedded gateway: its configuration out of firmware_configs/mosquitto/.
 
-Who may connect and speak stands in two files beside it, which the registrar writes (coordinator/identity/door.py).
+Who may connect and speak stands in two files beside it, which the registrar writes (coordinator/identity/guard.py).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from coordinator.embedded.state_dir import private_dir
 from coordinator.identity.authority import Authority, load_or_create_key, self_signed_client, spki_digest
 
 SERVER = "bmoe-server"
-DOOR = "registrar-door"
+GUARD = "registrar-guard"
 ADMIN = "bmoe-admin"
 _ALWAYS = ("localhost", "127.0.0.1", "::1")
 
@@ -52,7 +52,7 @@ class Identity:
     def tls(self, name: str) -> TlsFiles:
         """Certificate and key of one of our processes ("bmoe-server" is the servers'), and the CA.
 
-        "registrar-door" is what the registrar shows to Mosquitto: a certificate of its own making.
+        "registrar-guard" is what the registrar shows to Mosquitto: a certificate of its own making.
         """
         pki = self.folder / "pki"
         return TlsFiles(pki / f"{name}.pem", pki / f"{name}.key", self.folder / "ca.pem")
@@ -86,9 +86,9 @@ def prepare_identity(state: Path, validators: Sequence[str], hosts: Iterable[str
     ensure_certificate(identity, SERVER, sorted({*_ALWAYS, socket.gethostname(), *hosts}))
     for name in ("coordinator", "registrar", ADMIN, *validators):
         ensure_certificate(identity, name, None)
-    door = identity.tls(DOOR)
-    if not door.cert.exists():
-        write_durably(door.cert, self_signed_client("registrar", load_or_create_key(door.key)))
+    guard = identity.tls(GUARD)
+    if not guard.cert.exists():
+        write_durably(guard.cert, self_signed_client("registrar", load_or_create_key(guard.key)))
     return identity
 
 

@@ -42,11 +42,11 @@ from coordinator.identity.broker import connected
 from coordinator.identity.callout import Callout
 from coordinator.identity.desk import LedgerDesk
 from coordinator.identity.directory import Directory
-from coordinator.identity.door import Door
 from coordinator.identity.enrol import Enroller
 from coordinator.identity.founding import missing_entries
+from coordinator.identity.guard import Guard
 from coordinator.identity.https import fleet_serving, server_tls
-from coordinator.identity.infrastructure import ADMIN, DOOR, SERVER, Identity, open_identity
+from coordinator.identity.infrastructure import ADMIN, GUARD, SERVER, Identity, open_identity
 from coordinator.identity.issued import Issued
 from coordinator.identity.jwt import Issuer
 from coordinator.identity.kick import Kicker
@@ -173,12 +173,12 @@ class Registrar:
         await Callout(issuer, self.directory, self.report).serve(callout)
 
     async def _open_mosquitto(self, stack: contextlib.AsyncExitStack, port: int) -> None:
-        files = self.identity.tls(DOOR)
+        files = self.identity.tls(GUARD)
         settings = LinkSettings("127.0.0.1", port, "registrar", files.ca, files.cert, files.key, backoff_min_s=0.05)
         parts = (self.settings.state, self.identity.authority, self.directory, self._issued)
-        door = Door(*parts, settings, self._refused, self.report)
-        await stack.enter_async_context(door.opened(self._sweep.set))
-        self._drop, self._sweep_now, self._admit = door.drop, door.sweep, door.apply
+        guard = Guard(*parts, settings, self._refused, self.report)
+        await stack.enter_async_context(guard.opened(self._sweep.set))
+        self._drop, self._sweep_now, self._admit = guard.drop, guard.sweep, guard.apply
 
     def _application(self, stack: contextlib.AsyncExitStack, mqtt: int, port: int) -> FastAPI:
         identity, desk = self.identity, self._desk

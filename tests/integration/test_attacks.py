@@ -114,7 +114,7 @@ async def test_a_device_under_anothers_client_id_does_not_become_it_and_the_owne
             async with Peer(thief.settings("edge-01")) as posing:
                 await posing.until(lambda: any("not authorised" in reason for reason in posing.downs))
             line = await fleet.logged("registrar", "connect_refused", device="thief", client_id="edge-01")
-            assert line["reason"] == "client id 'edge-01' is not the certificate's name 'thief'"
+            assert line["reason"].startswith("client id 'edge-01' is not the certificate's name 'thief'")
         else:  # Mosquitto takes the certificate's name for the client id: the thief ends a session of its own alone
             async with Peer(thief.settings("edge-01"), topic("edge-01", "task")) as posing:
                 await posing.up()

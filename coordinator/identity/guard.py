@@ -1,4 +1,4 @@
-"""The door of a Mosquitto broker, kept by the registrar: who may come in, what each may say, and who must leave.
+"""The guard of a Mosquitto broker, kept by the registrar: who may come in, what each may say, and who must leave.
 
 Mosquitto asks nobody. It reads a list of revoked certificates and an access list, again at SIGHUP, and lets every other
 certificate of the CA in. So the registrar writes both, hears in the broker's log who has connected, and ends a session
@@ -67,8 +67,8 @@ def write_lists(state: Path, authority: Authority, lists: Lists) -> bool:
     return changed
 
 
-class Door:
-    """One broker's door. `refused(name)` says why a name may not have a session, or None."""
+class Guard:
+    """Guards one broker. `refused(name)` says why a name may not have a session, or None."""
 
     def __init__(
         self,
@@ -96,8 +96,8 @@ class Door:
         self._was_up = False
 
     @contextlib.asynccontextmanager
-    async def opened(self, on_renewed: Callable[[], None]) -> AsyncIterator[Door]:
-        """Watch the door within the block; UnavailableError if there is no broker within 15 s."""
+    async def opened(self, on_renewed: Callable[[], None]) -> AsyncIterator[Guard]:
+        """Stand guard within the block; UnavailableError if there is no broker within 15 s."""
         self._on_renewed = on_renewed
         await self._link.start()
         try:
