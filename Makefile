@@ -9,6 +9,7 @@ PIP_FLAGS := --disable-pip-version-check --quiet
 DEMO_FLAGS ?=
 ROBUSTNESS_FLAGS ?=
 BENCH_FLAGS ?=
+TEST_FLAGS ?=
 PEERS_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
 DATA := seglearn==1.2.5
@@ -19,7 +20,7 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 PROMETHEUS := .prometheus
 
-.PHONY: help mosquitto prometheus data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+.PHONY: help mosquitto test-mosquitto prometheus data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -29,6 +30,7 @@ help:
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
 	@echo "make prometheus    fetch promtool, with which a test checks the alert rules (Debian, no root)"
+	@echo "make test-mosquitto  the tests of whole fleets once more, with Mosquitto as broker"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
@@ -112,6 +114,11 @@ test-unit: $(VENV)/.ready
 test-integration: $(VENV)/.ready
 	-@$(MAKE) --no-print-directory mosquitto prometheus
 	$(BIN)/python -m pytest tests/integration
+
+# What the agents' broker carries, on the other broker. Tests of NATS itself say so and are skipped.
+FLEET_TESTS := attacks attacks_collusion attacks_join faults identity_fleet sensor_requests
+test-mosquitto: $(VENV)/.ready mosquitto
+	BMOE_TEST_BROKER=mosquitto $(BIN)/python -m pytest $(FLEET_TESTS:%=tests/integration/test_%.py) $(TEST_FLAGS)
 
 test-train: $(VENV_TRAIN)/.ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV_TRAIN)/bin/python -m pytest tests/train

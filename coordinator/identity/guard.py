@@ -87,7 +87,9 @@ class Guard:
             self._link.subscribe(f"{LOGS}/{level}", 1)
         self._turn = asyncio.Lock()
         self._live: dict[str, str] = {}  # client id -> its certificate's name, as far as was heard
-        self._ended: set[str] = set()  # revoked names that cannot have a session any more
+        # Revoked names that can have no session any more, with the sessions ended that `drop` has not told yet.
+        self._ended: dict[str, int] = {}
+        self._dropping = asyncio.Lock()
         self._taken: list[str] = []
         self._unread = True  # the lists may be newer than what the broker has read
         self._reloaded = asyncio.Event()
@@ -119,23 +121,29 @@ class Guard:
 
     async def drop(self, name: str, reason: str) -> int:
         """End the sessions of `name`, which is denied already; how many there were. Raises UnavailableError."""
-        await self.apply()
-        ended = await self._end((name, *(f"{name}:{suffix}" for suffix in DEVICE_SUFFIXES)), reason)
-        self._ended.add(name)
-        return ended
+        async with self._dropping:  # a sweep may have come first: what it ended is told here
+            ended = self._ended.get(name, 0) + await self._drop(name, reason)
+            self._ended[name] = 0
+            return ended
 
     async def sweep(self) -> int:
         """End every session that must not be; how many there were. Raises UnavailableError."""
         await self.apply()
         ended = 0
         for name, reason in self._directory.revocations():
-            if name not in self._ended:
-                ended += await self.drop(name, reason)
+            async with self._dropping:
+                if name not in self._ended:
+                    self._ended[name] = await self._drop(name, reason)
+                    ended += self._ended[name]
         for client_id, name in list(self._live.items()):
             reason_now = self._refused(name.partition(":")[0])
             if reason_now is not None and name not in self._ended:
                 ended += await self._end((client_id,), reason_now)
         return ended
+
+    async def _drop(self, name: str, reason: str) -> int:
+        await self.apply()
+        return await self._end((name, *(f"{name}:{suffix}" for suffix in DEVICE_SUFFIXES)), reason)
 
     async def _end(self, client_ids: Iterable[str], reason: str) -> int:
         """Take each client id over: the broker then closes the session that had it, and publishes its last will."""
