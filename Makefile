@@ -4,6 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 VENV := .venv
 VENV_TRAIN := .venv-train
+VENV_FUZZ := .venv-fuzz
 BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
 DEMO_FLAGS ?=
@@ -20,7 +21,7 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 PROMETHEUS := .prometheus
 
-.PHONY: help mosquitto test-mosquitto prometheus data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel soak check check-all lint clean
+.PHONY: help mosquitto test-mosquitto prometheus data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -33,6 +34,7 @@ help:
 	@echo "make test-mosquitto  the tests of whole fleets once more, with Mosquitto as broker"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
+	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
 	@echo "make lint          ruff, mypy and the import contract"
 	@echo "make check-all     everything"
@@ -47,6 +49,12 @@ $(VENV_TRAIN)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV_TRAIN)
 	$(VENV_TRAIN)/bin/pip install $(PIP_FLAGS) torch==2.13.0 numpy onnx onnxruntime pytest pytest-asyncio
 	$(VENV_TRAIN)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA)
+	@touch $@
+
+# atheris has no wheel for ARM, and nothing but this needs it.
+$(VENV_FUZZ)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV_FUZZ)
+	$(VENV_FUZZ)/bin/pip install $(PIP_FLAGS) -e '.[dev]' 'atheris>=3'
 	@touch $@
 
 $(MOSQUITTO)/.ready: Makefile
@@ -126,6 +134,9 @@ test-train: $(VENV_TRAIN)/.ready
 test-wheel: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/wheel
 
+fuzz: $(VENV_FUZZ)/.ready
+	$(VENV_FUZZ)/bin/python tests/fuzz/run.py
+
 soak: $(VENV)/.ready
 	@for seed in $$(seq 1 20); do \
 	  $(BIN)/python -m benchmarks.demo --plain --seed $$seed | tail -n 1 || { echo "seed $$seed failed"; exit 1; }; done
@@ -141,4 +152,4 @@ check: lint test
 check-all: lint test test-train test-wheel soak
 
 clean:
-	rm -rf $(VENV) $(VENV_TRAIN) $(MOSQUITTO) $(PROMETHEUS) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_TRAIN) $(VENV_FUZZ) $(MOSQUITTO) $(PROMETHEUS) build dist *.egg-info

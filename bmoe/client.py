@@ -90,24 +90,8 @@ class Client:
         if binary:
             headers[HEAD_LENGTH] = str(len(body))
             body = b"".join([body, *(_bytes(array) for array in arrays.values())])
-        values, rest = self._answer(f"/v2/models/{_quoted(model)}/infer", body, headers)
-        given = values["parameters"]
-        outputs = {}
-        for output in values["outputs"]:
-            size = output.get("parameters", {}).get("binary_data_size")
-            outputs[output["name"]] = _array(output, None if size is None else rest[:size])
-            rest = rest[size or 0 :]
-        return Answer(outputs, given["request"], tuple(given["verdicts"]), given["stage"], given["assurance"], given)
-
-    def _answer(self, path: str, body: bytes, headers: dict[str, str]) -> tuple[dict[str, Any], bytes]:
-        """The JSON of an infer reply, and the bytes behind it."""
-        response, reply = self._call_with_headers("POST", path, body, headers)
-        length = response.headers.get(HEAD_LENGTH)
-        try:
-            head = len(reply) if length is None else int(length)
-            return json.loads(reply[:head]), reply[head:]
-        except ValueError as error:
-            raise UnavailableError(f"the gateway's reply to {path} is not JSON: {error}") from error
+        response, reply = self._call_with_headers("POST", f"/v2/models/{_quoted(model)}/infer", body, headers)
+        return read_answer(reply, response.headers.get(HEAD_LENGTH))
 
     def ready(self) -> bool:
         """Whether the gateway can answer now; raises UnavailableError when nobody is there."""
@@ -148,11 +132,7 @@ class Client:
         self._connection.close()
 
     def _json(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        reply = self._call(method, path, body)
-        try:
-            return json.loads(reply)
-        except ValueError as error:
-            raise UnavailableError(f"the gateway's reply to {path} is not JSON: {error}") from error
+        return _object(self._call(method, path, body), path)
 
     def _exchange(
         self, method: str, path: str, body: bytes | None, more: dict[str, str]
@@ -189,6 +169,38 @@ class Client:
         raise _error(response.status, reply)
 
 
+def read_answer(reply: bytes, head_length: str | None = None) -> Answer:
+    """The answer in an infer reply, whose JSON head is `head_length` bytes long where binary tensors follow it.
+
+    Raises UnavailableError for bytes that are no such reply.
+    """
+    try:
+        head = len(reply) if head_length is None else int(head_length)
+        values, rest = _object(reply[:head], "an infer request"), reply[head:]
+        given = values["parameters"]
+        outputs = {}
+        for output in values["outputs"]:
+            size = output.get("parameters", {}).get("binary_data_size")
+            outputs[str(output["name"])] = _array(output, None if size is None else rest[:size])
+            rest = rest[size or 0 :]
+        verdicts = tuple(map(str, given["verdicts"]))
+        return Answer(outputs, str(given["request"]), verdicts, str(given["stage"]), str(given["assurance"]), given)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        raise UnavailableError(
+            f"the gateway's reply cannot be read: {str(error)[:200] or type(error).__name__}"
+        ) from error
+
+
+def _object(reply: bytes, what: str) -> dict[str, Any]:
+    try:
+        values = json.loads(reply)
+    except (ValueError, RecursionError) as error:
+        raise UnavailableError(f"the gateway's reply to {what} is not JSON: {str(error)[:200]}") from error
+    if not isinstance(values, dict):
+        raise UnavailableError(f"the gateway's reply to {what} is no JSON object")
+    return values
+
+
 def _closed_while_idle(error: Exception) -> bool:
     return isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError))
 
@@ -196,7 +208,7 @@ def _closed_while_idle(error: Exception) -> bool:
 def _error(status: int, reply: bytes) -> Exception:
     try:
         message = str(json.loads(reply)["error"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         message = f"HTTP {status}"
     if status in (401, 403, 429):
         return RefusedError(message)

@@ -25,6 +25,7 @@ from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.protocol.messages import tensor_specs
+from bmoe.protocol.schema import plain
 from bmoe.protocol.tensors import Tensor
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.collect import Collection
@@ -87,7 +88,7 @@ class Committer:
             "outcome": "accepted" if decision.accepted != NOBODY else "undecided",
             "accepted": decision.accepted,
             "stances": decision.stances,
-            "reason": reason[:200],
+            "reason": plain(reason),
             "tenant": job.tenant,
         }
         await self._keep_large(openings)

@@ -16,6 +16,7 @@ from nats.errors import Error as NatsError
 from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
+from bmoe.ledger.receipts import read_reply
 from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, verify_cosignature
 from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.receipt import merge_receipts
@@ -23,7 +24,7 @@ from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.tlog_proof import parse_proof
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
-from bmoe.protocol.errors import BmoeError, ProofError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InputError, ProofError, UnavailableError, UnknownError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Output, Refusal, Status
@@ -221,20 +222,24 @@ class Gateway:
     async def receipt(self, identity: bytes, kind: str) -> bytes:
         """The receipt of a verdict ("task") or an answer ("request"), with every validator's cosignature to be had.
 
-        Raises UnavailableError when no validator gives one, naming what each said.
+        Raises UnknownError where nothing of that id is on the ledger or on its way there, UnavailableError when no
+        validator gives one, naming what each said.
         """
         receipts: list[str] = []
-        reasons: list[str] = []
-        question: dict[str, Any] = {kind: identity.hex()}
+        reasons: list[BmoeError] = []
+        coming = identity in self.state.open or await self.journal.row(identity) is not None
+        question: dict[str, Any] = {kind: identity.hex(), **({} if coming else {"wait_ms": 0})}
         for validator in sorted(self.state.validators):
             try:
                 receipts.append(await self._ask_receipt(validator, question))
-            except UnavailableError as error:
-                reasons.append(str(error))
+            except (UnavailableError, UnknownError) as error:
+                reasons.append(error)
                 continue
-            question["size"] = parse_proof(receipts[0]).checkpoint.size
+            question = {kind: identity.hex(), "size": parse_proof(receipts[0]).checkpoint.size}
         if not receipts:
-            raise UnavailableError(f"no receipt for {identity.hex()}: {'; '.join(reasons)}")
+            unknown = not coming and any(isinstance(error, UnknownError) for error in reasons)
+            kind_of_error = UnknownError if unknown else UnavailableError
+            raise kind_of_error(f"no receipt for {identity.hex()}: {'; '.join(map(str, reasons))}")
         merged = receipts[0]
         for receipt in receipts[1:]:
             try:
@@ -250,12 +255,12 @@ class Gateway:
         except (NatsError, OSError, asyncio.TimeoutError) as error:
             raise UnavailableError(f"{validator}: {str(error) or type(error).__name__}") from error
         try:
-            if reply.data.startswith(b"{"):
-                raise UnavailableError(f"{validator}: {json.loads(reply.data).get('error')}")
-            text = reply.data.decode()
+            text = read_reply(reply.data)
             key = VerifierKey(validator, COSIGNATURE_V1, self.state.validators[validator])
             verify_cosignature(parse_proof(text).note, key)
-        except (ProofError, ValueError, RecursionError) as error:
+        except (UnknownError, UnavailableError) as error:
+            raise type(error)(f"{validator}: {error}") from error
+        except (InputError, ValueError) as error:
             raise UnavailableError(f"{validator} gave no receipt of its own: {error}") from error
         return text
 

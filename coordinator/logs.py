@@ -49,7 +49,15 @@ def set_up_logs(process: str, level: str = "info", form: Literal["json", "text"]
 def _renderer(form: str) -> Processor:
     if form == "json":
         return structlog.processors.JSONRenderer()
-    return structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], drop_missing=True)
+    logfmt = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"], drop_missing=True)
+    return lambda logger, method, event: logfmt(logger, method, {key: _plain(value) for key, value in event.items()})
+
+
+def _plain(value: object) -> object:
+    """Text that a terminal shows and does not obey: what others sent may hold escape sequences."""
+    if not isinstance(value, str) or value.isprintable():
+        return value
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in value)
 
 
 def _count(_: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -19,6 +19,7 @@ from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, InputError, ModelError, RefusedError
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Complaint, Notice, Refusal, open_message, seal_message
+from bmoe.protocol.schema import plain
 from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
@@ -266,7 +267,7 @@ class Agent:
     def _refuse(self, refused: Refused) -> None:
         self.tally.add("task_refused", refused.reason, task=refused.task, detail=refused.detail)
         stamp = self.stamp()
-        header = Refusal(**stamp.common(), task=refused.task, reason=refused.reason, detail=refused.detail[:200])
+        header = Refusal(**stamp.common(), task=refused.task, reason=refused.reason, detail=plain(refused.detail))
         self.link.publish(topic(self.identity.name, "refusal"), seal_message(stamp.signer, header))
 
     def _ignore(self, ignored: Ignored) -> None:

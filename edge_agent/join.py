@@ -91,7 +91,7 @@ def _request(folder: Path, token: JoinToken, name: str | None, previous: str | N
     gave is insisted on; else we only propose one, and the token may be for another."""
     path = folder / "request.json"
     if path.exists():
-        sent = json.loads(path.read_bytes())
+        sent = _sent(path)
         if name is not None and name != sent["name"]:
             first = f"--name {sent['name']}" if sent["name"] else "no --name"
             raise ConfigError(f"this token was sent already with {first}: repeat it so")
@@ -114,6 +114,17 @@ def _request(folder: Path, token: JoinToken, name: str | None, previous: str | N
     data = json.dumps(body).encode()
     write_durably(path, data, mode=0o600)
     return data
+
+
+def _sent(path: Path) -> dict[str, Any]:
+    """The request that was made for this token; raises ConfigError when it is damaged."""
+    try:
+        sent = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read ({str(error)[:100]}): ask for a new token") from None
+    if not isinstance(sent, dict) or not isinstance(sent.get("name"), (str, type(None))):
+        raise ConfigError(f"{path} is damaged: ask for a new token")
+    return sent
 
 
 def suggested_name(key_id: bytes) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import re
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
 from bmoe.protocol.encoding import decode, encode
@@ -52,8 +53,10 @@ def parse_token(text: str) -> JoinToken:
     return token
 
 
-def check_url(url: str) -> str:
+def check_url(url: Any) -> str:
     """An https URL of a host and perhaps a port, and nothing else; raises MessageError for any other."""
+    if type(url) is not str:
+        raise MessageError(f"the gateway's address must be text, found {type(url).__name__}")
     try:
         parts = urlsplit(url)
         port = parts.port

@@ -106,7 +106,7 @@ def outputs_of(reply: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """The outputs of a reply, in its order; raises MessageError for one that cannot be read."""
     try:
         arrays = _arrays({"inputs": reply["outputs"]})
-        types = {item["name"]: _DTYPES[item["datatype"]] for item in reply["outputs"]}
+        types = {str(item["name"]): _DTYPES[item["datatype"]] for item in reply["outputs"]}
     except (KeyError, TypeError) as error:
         raise MessageError(f"the reply cannot be read: {error!r}") from None
     return tuple(

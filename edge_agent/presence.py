@@ -8,6 +8,7 @@ from collections.abc import Callable
 from bmoe import __version__
 from bmoe.protocol.link import Will
 from bmoe.protocol.messages import Health, Status, seal_message
+from bmoe.protocol.schema import plain
 from bmoe.protocol.topics import topic
 from edge_agent.config import AgentSettings
 from edge_agent.health import COUNTERS, Gauge, board
@@ -34,7 +35,7 @@ class Presence:
             state=state,
             started_ms=self._started_ms,
             version=__version__[:32],
-            board=self._board,
+            board=plain(self._board, 128),
             provider=PROVIDER,
             memory_mb=self._settings.memory_mb,
             queue_limit=self._settings.queue_limit,

@@ -11,6 +11,7 @@ from bmoe.inference.runner import RunResult
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Output, seal_message, tensor_specs
+from bmoe.protocol.schema import plain
 from edge_agent.admit import Admitted
 
 
@@ -49,7 +50,7 @@ def sign(stamp: Stamp, admitted: Admitted, result: RunResult) -> SignedOutput:
         rows=task.rows,
         outputs=tensor_specs(result.outputs),
         output_root=root,
-        provider=result.provider[:64],
+        provider=plain(result.provider, 64),
         duration_us=result.duration_us,
     )
     return SignedOutput(root, seal_message(stamp.signer, header, [salt, *(t.data for t in result.outputs)]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import PurePath
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -40,7 +42,7 @@ def read_inputs(name: str, data: bytes, model: Model, limit: int) -> Mapping[str
         raise
     except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile, RecursionError) as error:
         raise MessageError(f"{name} cannot be read: {' '.join(str(error).split())[:200]}") from None
-    except (MemoryError, NotImplementedError, RuntimeError, SyntaxError) as error:
+    except (MemoryError, NotImplementedError, RuntimeError, SyntaxError, TokenError, zlib.error) as error:
         raise MessageError(f"{name} cannot be read: {type(error).__name__}") from None
 
 

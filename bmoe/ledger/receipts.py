@@ -2,7 +2,7 @@
 
 Request to `ledger.receipt.<validator>`: JSON {"task": hex} or {"request": hex}; with "size" to meet other validators'
 cosignatures on one checkpoint, and "wait_ms" (at most 5000) to hear sooner that there is none yet.
-Reply: the receipt's text, or JSON {"error": "one clear line"}.
+Reply: the receipt's text, or JSON {"error": "one clear line"}, with "unknown": true where the ledger has no such id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bmoe.ledger.rules.outputs import Binding, parse_output
 from bmoe.ledger.rules.receipt_format import MAX_OPENINGS_BYTES, Evidence, Support, format_receipt
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.store import Store, model_name
-from bmoe.protocol.errors import BmoeError, InputError, LedgerError, MessageError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InputError, LedgerError, MessageError, UnavailableError, UnknownError
 
 log = logging.getLogger("bmoe.validator")
 
@@ -36,12 +36,14 @@ ASKED_AT_ONCE = 64
 
 
 def make_receipt(store: Store, state: State, kind: str, name: bytes, size: int) -> str:
-    """The receipt of a verdict or answer under the signed checkpoint of `size`; raises LedgerError, UnavailableError.
+    """The receipt of a verdict or answer under the signed checkpoint of `size`.
 
-    `kind` is "verdict" (name: task id) or "answer" (name: request id).
+    Raises LedgerError, UnavailableError, UnknownError. `kind` is "verdict" (name: task id) or "answer" (name: request id).
     """
     index, note = store.find(kind, name), store.note(size)
-    if index is None or index >= size:
+    if index is None:
+        raise UnknownError(f"no {kind} for {name.hex()} stands on this ledger")
+    if index >= size:
         raise UnavailableError(f"no {kind} for {name.hex()} stands among the first {size} leaves of this ledger")
     if note is None:
         raise UnavailableError(f"no cosigned checkpoint of size {size} is kept here")
@@ -131,6 +133,8 @@ class ReceiptService:
             reply = (await self._receipt(_parse(message.data))).encode()
         except asyncio.TimeoutError:
             reply = _error("not under a cosigned checkpoint yet: ask again later")
+        except UnknownError as error:
+            reply = _error(str(error), unknown=True)
         except (BmoeError, sqlite3.Error) as error:
             reply = _error(str(error))
         await _reply(message, reply)
@@ -141,7 +145,12 @@ class ReceiptService:
             return index is not None and signed > index and (asked.size is None or signed >= asked.size)
 
         if not under():
-            await self._cosigner.until(under, asked.wait_s)
+            try:
+                await self._cosigner.until(under, asked.wait_s)
+            except asyncio.TimeoutError:
+                if self._store.find(asked.kind, asked.name) is None:
+                    raise UnknownError(f"no {asked.kind} for {asked.name.hex()} stands on this ledger") from None
+                raise
         size = self._cosigner.signed if asked.size is None else asked.size
         return make_receipt(self._store, self._state, asked.kind, asked.name, size)
 
@@ -173,8 +182,8 @@ def _parse(data: bytes) -> _Asked:
     return _Asked(kind, raw, size, wait_ms / 1000)
 
 
-def _error(text: str) -> bytes:
-    return json.dumps({"error": text}).encode()
+def _error(text: str, **more: bool) -> bytes:
+    return json.dumps({"error": text, **more}).encode()
 
 
 async def _reply(message: Msg, data: bytes) -> None:
@@ -185,14 +194,15 @@ async def _reply(message: Msg, data: bytes) -> None:
 
 
 def read_reply(data: bytes) -> str:
-    """The receipt in a reply; raises UnavailableError with the validator's own words."""
+    """The receipt in a reply; raises UnknownError or UnavailableError with the validator's own words."""
     if data[:1] != b"{":
         try:
             return data.decode()
         except UnicodeDecodeError as error:
             raise InputError("the reply is neither a receipt nor an error") from error
     try:
-        said = str(json.loads(data)["error"])[:300]
+        values = json.loads(data)
+        said = " ".join(str(values["error"]).split())[:300] or "the validator gives no receipt, and no reason"
     except (ValueError, LookupError, TypeError, RecursionError) as wrong:
         raise InputError("the reply is neither a receipt nor an error") from wrong
-    raise UnavailableError(" ".join(said.split()) or "the validator gives no receipt, and no reason")
+    raise UnknownError(said) if values.get("unknown") is True else UnavailableError(said)

@@ -15,6 +15,7 @@ from bmoe.protocol.errors import MessageError
 
 WIRE_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
+_UNPLAIN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]")
 Check = Callable[[Any], bool]
 T = TypeVar("T", bound="Header")
 
@@ -40,8 +41,22 @@ def blob(number: int, limit: int) -> Any:
 
 
 def text(number: int, limit: int = 200) -> Any:
-    """A text field of at most `limit` characters."""
-    return key(number, lambda v: type(v) is str and len(v) <= limit, f"text of at most {limit} characters")
+    """A text field of at most `limit` characters, none of which does anything to a terminal or a log."""
+    expected = f"text of at most {limit} characters and no control characters"
+    return key(number, lambda v: type(v) is str and len(v) <= limit and is_plain(v), expected)
+
+
+def is_plain(value: str) -> bool:
+    """Whether a text is free of control characters, line separators, bidirectional overrides and lone surrogates.
+
+    By a list of our own: what Python calls printable depends on its version, and every validator must say the same.
+    """
+    return (value.isascii() and value.isprintable()) or _UNPLAIN.search(value) is None
+
+
+def plain(value: object, limit: int = 200) -> str:
+    """A text that fits a text field: what may not stand in one is shown as '?', and the rest is cut off."""
+    return _UNPLAIN.sub("?", str(value))[:limit]
 
 
 def name(number: int) -> Any:
@@ -80,7 +95,9 @@ def is_tensor_spec(value: Any) -> bool:
         and len(value) == 3
         and type(value[0]) is str
         and 0 < len(value[0]) <= 128
+        and is_plain(value[0])
         and type(value[1]) is str
+        and len(value[1]) <= 16
         and type(value[2]) is tuple
         and len(value[2]) <= 8
         and all(type(d) is int and 0 <= d < 2**31 for d in value[2])

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bmoe.protocol.errors import MessageError, RefusedError
-from bmoe.protocol.schema import is_name
+from bmoe.protocol.schema import is_name, is_plain
 from bmoe.storage.manifest import MAX_MANIFEST_BYTES, Model, parse_manifest
 from coordinator.identity.releases import check_blobs
 from coordinator.identity.server import Fleet, peer, read_body, read_json
@@ -98,8 +98,8 @@ async def _list_devices(desk: Desk, request: Request) -> dict[str, Any]:
 
 async def _revoke_device(desk: Desk, request: Request) -> dict[str, Any]:
     name, reason = request.path_params["name"], (await read_json(request)).get("reason")
-    if not isinstance(reason, str) or not 0 < len(reason) <= 200:
-        raise MessageError("reason must be text of 1..200 characters")
+    if not isinstance(reason, str) or not 0 < len(reason) <= 200 or not is_plain(reason):
+        raise MessageError("reason must be text of 1..200 characters and no control characters")
     known = desk.fleet.directory.find(name)
     if known is None or known.role != "agent":
         raise RefusedError(f"{name[:64]} is not an enrolled device")

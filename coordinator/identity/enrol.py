@@ -20,6 +20,7 @@ from bmoe.ledger.rules.entries import Entry, MemberEntry
 from bmoe.protocol.errors import LedgerError, MessageError, RefusedError
 from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Enrolment, Member, open_message, seal_message
+from bmoe.protocol.schema import plain
 from coordinator.identity.admission import DEVICE_SUFFIXES
 from coordinator.identity.authority import Authority, check_csr, csr_digest, spki_digest
 from coordinator.identity.directory import Directory, Known
@@ -82,7 +83,7 @@ def read_request(body: Any) -> Applicant:
         raise MessageError(f"the request names {str(given)[:80]!r}, its enrolment is signed as {header.author!r}")
     key = csr.public_key()
     assert isinstance(key, ec.EllipticCurvePublicKey)
-    board = _text(body, "board", 128) if "board" in body else ""
+    board = plain(_text(body, "board", 128), 128) if "board" in body else ""
     return Applicant(header.author, given, header.public_key, csr, digest, spki_digest(key), token, secret, board)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from bmoe.protocol.encoding import encode
 from bmoe.protocol.errors import ConfigError, MessageError, RefusedError
-from bmoe.protocol.schema import is_name
+from bmoe.protocol.schema import is_name, is_plain
 
 PREFIX = "bmoe1."
 ID_BYTES, SECRET_BYTES = 8, 16
@@ -71,8 +71,10 @@ class TokenStore:
             raise MessageError(f"a device is named by 1..64 characters a-z 0-9 -, found {name!r}")
         if not is_name(owner):
             raise MessageError(f"an owner is named by 1..64 characters a-z 0-9 -, found {owner!r}")
-        if len(batch) > 64:
-            raise MessageError(f"a batch is named by at most 64 characters, found {len(batch)}")
+        if len(batch) > 64 or not is_plain(batch):
+            raise MessageError(
+                f"a batch is named by at most 64 characters, no control characters, found {batch[:80]!r}"
+            )
         if not 0 < ttl_s <= TTL_MAX_S:
             raise MessageError(f"a token lives 1..{TTL_MAX_S} s, asked for {ttl_s}")
         token, secret = os.urandom(ID_BYTES), os.urandom(SECRET_BYTES)

@@ -10,10 +10,11 @@ for folder in (HERE, HERE.parent, HERE.parent / "unit", HERE.parent / "golden", 
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
+import targets_board  # noqa: E402
 import targets_gateway  # noqa: E402
 import targets_ledger  # noqa: E402
 import targets_wire  # noqa: E402
 from target import Target  # noqa: E402
 
-GROUPS = (targets_wire, targets_ledger, targets_gateway)
+GROUPS = (targets_wire, targets_ledger, targets_gateway, targets_board)
 TARGETS: dict[str, Target] = {t.name: t for group in GROUPS for t in group.TARGETS}

@@ -142,7 +142,8 @@ async def test_a_bad_body_gets_one_clear_line_and_the_next_request_an_answer(
         ("GET", "/nowhere", 404),
         ("DELETE", "/v2/models/wearable", 405),
         ("GET", "/v1/answers/xyz/receipt", 400),
-        ("GET", f"/v1/answers/{'00' * 16}/receipt", 503),
+        ("GET", f"/v1/answers/{'00' * 16}/receipt", 404),
+        ("GET", f"/v1/verdicts/{'00' * 16}/receipt", 404),
     ],
 )
 async def test_what_is_not_there_is_said_in_json(fleet: LiveFleet, method: str, path: str, status: int) -> None:

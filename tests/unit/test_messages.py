@@ -30,7 +30,7 @@ from bmoe.protocol.messages import (
     tensor_specs,
     tensors_from,
 )
-from bmoe.protocol.schema import from_bytes, from_map, is_name
+from bmoe.protocol.schema import from_bytes, from_map, is_name, plain
 from bmoe.protocol.tensors import Tensor
 
 SIGNER = Signer.from_bytes(bytes([3] * 32))
@@ -162,7 +162,7 @@ def test_a_header_spelled_otherwise_is_refused_though_well_signed() -> None:
         open_message(Refusal, seal(SIGNER, Refusal.CONTEXT.encode(), longer))
 
 
-@given(st.sampled_from(REFUSALS), st.text(max_size=200), st.integers(0, 2**53))
+@given(st.sampled_from(REFUSALS), st.text(max_size=200).map(plain), st.integers(0, 2**53))
 def test_headers_round_trip(reason: str, detail: str, seq: int) -> None:
     header = dataclasses.replace(REFUSAL, reason=reason, detail=detail, seq=seq)
     assert from_bytes(Refusal, header.to_bytes()) == header
@@ -209,3 +209,20 @@ def test_a_frame_cannot_make_its_readers_fetch_without_limit(attachment: Any, go
     else:
         with pytest.raises(MessageError, match="attachments must be"):
             from_bytes(FrameHeader, frame.to_bytes())
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "\x1b[2J", "\x00", "\x7f", "\x9b1m", "\u202egpj", "a\u2028b", "\ufeff", "\u200b"]
+)
+def test_text_that_a_terminal_or_a_log_would_obey_is_refused_and_shown_harmless(text: str) -> None:
+    with pytest.raises(MessageError, match="no control characters"):
+        from_bytes(Refusal, dataclasses.replace(REFUSAL, detail=text).to_bytes())
+    shown = plain(text)
+    assert from_bytes(Refusal, dataclasses.replace(REFUSAL, detail=shown).to_bytes()).detail == shown
+    assert len(plain(text * 300)) == 200
+
+
+def test_text_in_any_script_is_taken() -> None:
+    detail = "Temperatur 71 °C, Αθήνα, 東京, 🦀"
+    assert plain(detail) == detail
+    assert from_bytes(Refusal, dataclasses.replace(REFUSAL, detail=detail).to_bytes()).detail == detail

@@ -15,6 +15,7 @@ from bmoe.ledger.rules.frames import Frame, read_frame
 from bmoe.ledger.rules.state import TASK_WINDOW_MS, AuthorState, Context, Event, FalseEntryError, State, made_at
 from bmoe.ledger.rules.table import RULES
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError
+from bmoe.protocol.schema import plain
 
 # More than a frame can close, so that what is pruned keeps up with what comes.
 PRUNE_LOOK = 512
@@ -155,7 +156,7 @@ def _reject(state: State, digest: bytes, author: str, seq: int, reason: str) -> 
         seq=seq,
         time_ms=state.time_ms,
         digest=digest,
-        reason=reason[:300],
+        reason=plain(reason, 300),
     )
     state.size += 1
     return Applied((rejected.to_bytes(),), (rejected,), (Event("rejected", {"author": author, "reason": reason}),))
