@@ -121,7 +121,10 @@ class Gate:
         given = next(t for t in result.outputs if t.dtype in FLOATS)  # the one that a manifest's gate has
         scores = np.frombuffer(given.data, np.dtype(given.dtype).newbyteorder("<")).reshape(rows, -1)
         if scores.shape[1] != len(model.experts) or not np.isfinite(scores).all() or (scores < 0).any():
-            raise InferenceError(f"the gate of {model.name} gave scores that are not finite weights for its experts")
+            raise InferenceError(
+                f"the gate of {model.name} gave scores {list(given.dims)} that are not finite weights, for each of {rows}"
+                f" rows, of {len(model.experts)} experts"
+            )
         return scores
 
 

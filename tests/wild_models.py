@@ -142,7 +142,7 @@ def write_mixture(folder: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that few rounds do not converge is no matter here
         experts = [
-            MLPRegressor(hidden_layer_sizes=(8,), max_iter=5, random_state=i).fit(x[where == i], x[where == i, 1:3])
+            MLPRegressor(hidden_layer_sizes=(8,), max_iter=5, random_state=i).fit(x[where == i], x[where == i, 1])
             for i in range(3)
         ]
         gate = LogisticRegression().fit(x, where)

@@ -255,11 +255,12 @@ def _whole(
         labels=known.labels if known else (),
         gate=gate,
         experts=tuple(experts),
+        cacheable=known is not None and known.cacheable,
     )
     if known is not None:
         same = replace(model, version=known.version) == known
         model = replace(model, version=known.version + (not same))
-        say("licence, description, labels and top_k: kept from the model.json that was there")
+        say("licence, description, labels, top_k and cacheable: kept from the model.json that was there")
     elif gate:
         say(f"top_k: {model.top_k} of {len(experts)} experts, assumed; --top-k says another")
     return model
