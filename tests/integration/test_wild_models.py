@@ -144,7 +144,7 @@ async def test_the_command_publishes_a_new_version_to_a_running_gateway(publishe
     """`bmoe model publish --bump`: the next version is served without a restart, and an older one takes no place."""
     fleet, root = published
     folder = root / MIXTURE
-    text = (folder / MANIFEST_NAME).read_text()
+    text = original = (folder / MANIFEST_NAME).read_text()
     for blank in ("licence", "description"):
         text = text.replace(f'"{blank}": "FILL IN', f'"{blank}": "filled in')
     (folder / MANIFEST_NAME).write_text(text.replace('"top_k": 2', '"top_k": 3'))
@@ -156,8 +156,8 @@ async def test_the_command_publishes_a_new_version_to_a_running_gateway(publishe
     assert len(answer.verdicts) == 3
     status, said = await _bmoe("model", "publish", str(folder), "--bump", "--state", str(fleet.state))
     assert status == 0 and "mixture version 2 is published already; nothing changed" in said
-    (folder / MANIFEST_NAME).write_text(text)
-    assert (await asyncio.to_thread(publish, fleet.state, folder, "operator"))["version"] == 1
+    (folder / MANIFEST_NAME).write_text(original)
+    assert (await asyncio.to_thread(publish, fleet.state, folder, "operator"))["position"] == 0
     assert (await _bmoe("model", "list", "--state", str(fleet.state)))[1].count("mixture version 2, 3 experts") == 1
 
 
