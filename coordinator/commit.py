@@ -96,14 +96,21 @@ class Committer:
         self._journal.deciding(job.task, fields, openings, entering)
         return entering
 
-    async def abandon(self, task: bytes, expert: bytes, rows: int, as_of: int) -> int:
-        """Close a slot that an earlier run of this coordinator left open."""
+    async def abandon(
+        self,
+        task: bytes,
+        expert: bytes,
+        rows: int,
+        as_of: int,
+        reason: str = "the coordinator restarted before a verdict",
+    ) -> int:
+        """Close a slot that stays without verdict, such as one that an earlier run of this coordinator left open."""
         policy = policy_named("referee")
         fields = {
             "task": task, "model": "unknown", "expert": expert, "rows": rows, "input_root": bytes(32),
             "policy": policy.name, "policy_version": policy.version, "assigned": (), "outputs": (), "referee": b"",
             "openings": (), "as_of": as_of, "outcome": "abandoned", "accepted": NOBODY, "stances": "",
-            "reason": "the coordinator restarted before a verdict", "tenant": "unknown",
+            "reason": reason[:200], "tenant": "unknown",
         }  # fmt: skip
         return await self._author.enter((Verdict, fields))
 

@@ -72,6 +72,9 @@ class GatewaySettings(BaseSettings):
         0.02, gt=0, le=1, description="Chance that it never falls below, however clean the record."
     )
     promise_ms: int = Field(30_000, ge=1000, description="Deadline promised for the entry of a decided answer.")
+    disk_reserve_mb: int = Field(
+        64, ge=1, description="Room kept on the disks: with less of it, requests are refused with 503."
+    )
     metrics_host: str = Field("127.0.0.1", description="Address that /metrics listens on; it asks for no token.")
     metrics_port: int = Field(0, ge=0, le=65535, description="Port of /metrics; 0 takes a free one and remembers it.")
     log_format: Literal["json", "text"] = Field(

@@ -25,6 +25,7 @@ from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
 from coordinator.jobs import Accepted, Job
 from coordinator.late import Done, Latecomers, Tally
+from coordinator.logs import Seldom
 from coordinator.receive import outputs_max, receive_output
 from coordinator.referee import Referee
 from coordinator.route import choose_agents
@@ -74,6 +75,8 @@ class _Running:
     job: Job
     collection: Collection
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    opened: bool = False  # its slot stands on the ledger
+    closing: bool = False  # its verdict is on the way there
 
 
 class Decider:
@@ -96,6 +99,7 @@ class Decider:
         self._running: dict[bytes, _Running] = {}
         self._hedging = HedgeBudget()
         self.tally = Tally()
+        self._seldom = Seldom()
         self.late = Latecomers(state, fleet, committer, spawn, self.tally)
 
     def start(self, job: Job, only: str | None = None) -> None:
@@ -144,7 +148,8 @@ class Decider:
         running = self._running.get(task)
         if running is None or agent not in running.collection.assigned or agent in running.collection.received:
             return
-        log.info("task_refused", agent=agent, task=task.hex(), reason=reason, detail=detail)
+        if new := self._seldom.due((agent, reason), time.monotonic()):
+            log.info("task_refused", agent=agent, task=task.hex(), reason=reason, detail=detail, new=new)
         running.collection.refused[agent] = reason
         self.tally.refusals[reason] += 1
         self._fleet.of(agent).load = max(0, self._fleet.of(agent).load - 1)
@@ -162,6 +167,7 @@ class Decider:
         self.tally.queue.add(job.opened_at - job.calls[0].made)
         try:
             await self._committer.opened(job)
+            running.opened = True
             began = time.monotonic()
             self.tally.open.add(began - job.opened_at)
             first = self._ask_first(running, only)
@@ -175,11 +181,24 @@ class Decider:
         except BmoeError as error:
             log.error("task_failed", task=job.task.hex(), error=str(error))
             _fail(job, error)
+            await self._abandon(running, str(error))
         except Exception:  # a fault of ours: whoever waits must hear of it all the same
             log.exception("task_failed", task=job.task.hex())
             _fail(job, UnavailableError(f"task {job.task.hex()} failed: internal error, see the coordinator's log"))
+            await self._abandon(running, "internal error")
         finally:
             self._release(running)
+
+    async def _abandon(self, running: _Running, reason: str) -> None:
+        """Close the slot of a task that failed before its verdict was queued, so that no slot stays open."""
+        job = running.job
+        self._release(running)
+        if not running.opened or running.closing:
+            return  # nobody knows of it, or its verdict may be on the ledger
+        try:
+            await self._committer.abandon(job.task, job.expert.digest, job.binding.rows, self._state.size, reason)
+        except BmoeError as error:
+            log.error("task_not_closed", task=job.task.hex(), error=str(error))
 
     async def _drive(self, running: _Running) -> tuple[Decision, int]:
         """Do what the machine says until it closes; its decision, and the ledger size its standings were read at."""
@@ -272,6 +291,7 @@ class Decider:
         job, collection = running.job, running.collection
         reason = collection.referee_failed or ("" if accepted else "no decision within the deadline")
         entering = await self._committer.verdict(job, collection, decision, as_of, reason)
+        running.closing = True
         if accepted is None:
             self.tally.undecided += 1
             _fail(job, UnavailableError(f"no verdict on task {job.task.hex()}: {reason}"))

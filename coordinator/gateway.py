@@ -39,6 +39,7 @@ from coordinator.config import GatewaySettings
 from coordinator.counts import RequestCounts, counted
 from coordinator.decide import Decider, Timing
 from coordinator.diagnose import Diagnosis
+from coordinator.disk import Disks
 from coordinator.dispatch import Dispatcher
 from coordinator.finality import Finality
 from coordinator.fleet import Fleet
@@ -92,6 +93,8 @@ class Gateway:
         self.finality = Finality(self.state)
         self.catalogue = Catalogue(self.state)
         self.counts = RequestCounts(self.catalogue.names)
+        written = (layout.root, layout.signing_key.parent, layout.evidence.parent, layout.ledger)
+        self.disks = Disks(written, settings.disk_reserve_mb, log.warning)
         self.fleet = Fleet(self.state, layout.fleet)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._on_request: Callable[[str, str, bytes], None] | None = None
@@ -132,6 +135,7 @@ class Gateway:
         self._spawn(self._finish_leftovers())
         self._spawn(self._diagnosis.run())
         self._spawn(self._keep_view())
+        self._spawn(self.disks.watch())
 
     def _assemble(self) -> None:
         settings, trust, signer = self.settings, self.trust, self._signer
@@ -207,6 +211,8 @@ class Gateway:
     @contextlib.contextmanager
     def admitted(self) -> Iterator[None]:
         """A place among the requests in work, bodies being read included; UnavailableError when all are taken."""
+        if self.disks.full:
+            raise UnavailableError(self.disks.full)
         if self.in_work >= self.settings.requests_waiting:
             raise UnavailableError(f"{self.in_work} requests are in work, the limit: try again")
         self.in_work += 1
@@ -367,13 +373,17 @@ class Gateway:
         log.warning("link_down", reason=reason)
 
     async def _keep_view(self) -> None:
+        saved = True
         while True:
             await asyncio.sleep(1)
             rows = self.fleet.table()
             try:
                 await asyncio.to_thread(self.fleet.save_view, rows)
+                saved = True
             except OSError as error:  # the view is rebuilt from the ledger at will
-                log.warning("fleet_view_not_saved", error=str(error))
+                if saved:
+                    log.warning("fleet_view_not_saved", error=str(error))
+                saved = False
 
     def _spawn(self, work: Awaitable[Any]) -> None:
         task = asyncio.ensure_future(work)

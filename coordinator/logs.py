@@ -6,9 +6,11 @@ and so its answer, is `request`; both in hexadecimal. Nothing secret is handed t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
+from collections.abc import Hashable
 from typing import Literal
 
 import structlog
@@ -31,7 +33,7 @@ def set_up_logs(process: str, level: str = "info", form: Literal["json", "text"]
     structlog.configure(
         processors=[_count, *shared, *end],
         wrapper_class=structlog.make_filtering_bound_logger(severity),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=lambda *_: _Lines(),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(process=process)
@@ -44,6 +46,36 @@ def set_up_logs(process: str, level: str = "info", form: Literal["json", "text"]
     logging.basicConfig(level=max(severity, logging.WARNING), handlers=[handler], force=True)
     # asyncio says of every TLS connection that ends that a return value of a library had no effect.
     logging.getLogger("asyncio").setLevel(logging.ERROR)
+
+
+class Seldom:
+    """Lets a kind of line through once and then at most every ten seconds, so that a flood cannot fill the log."""
+
+    def __init__(self, pause_s: float = 10.0, kinds_max: int = 4096) -> None:
+        self._pause_s, self._kinds_max = pause_s, kinds_max
+        self._told: OrderedDict[Hashable, tuple[float, int]] = OrderedDict()
+
+    def due(self, kind: Hashable, now: float) -> int:
+        """How many of a kind there were since one was told, this one included, if it may be told now; else 0."""
+        at, held = self._told.get(kind, (-self._pause_s, 0))
+        if now - at < self._pause_s:
+            self._told[kind] = at, held + 1
+            return 0
+        self._told[kind] = now, 0
+        self._told.move_to_end(kind)
+        while len(self._told) > self._kinds_max:
+            self._told.popitem(last=False)
+        return held + 1
+
+
+class _Lines:
+    """Writes lines to stderr; on a disk that takes none, a line is lost and nothing else."""
+
+    def _line(self, message: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: closed, at the end of the process
+            print(message, file=sys.stderr, flush=True)
+
+    msg = log = debug = info = warn = warning = error = exception = critical = fatal = _line
 
 
 def _renderer(form: str) -> Processor:

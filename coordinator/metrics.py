@@ -8,7 +8,6 @@ this table.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from bmoe import __version__
 from bmoe.protocol.errors import InputError
 from bmoe.protocol.figures import Figures, Seconds, read_figures
 from coordinator import logs
+from coordinator.disk import free_bytes
 
 if TYPE_CHECKING:
     from coordinator.gateway import Gateway
@@ -103,16 +103,17 @@ def _files(reading: Reading) -> Iterator[Sample]:
         yield (name,), sum(_size(path.with_name(path.name + end)) for end in ("", "-wal"))
 
 
+def _disks(reading: Reading) -> Iterator[Sample]:
+    layout = reading.gateway.layout
+    for name, path in (("state", layout.root), ("evidence", layout.evidence.parent), ("ledger", layout.ledger)):
+        yield (name,), free_bytes(path)
+
+
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
     except OSError:
         return 0
-
-
-def _disk(gateway: Gateway) -> float:
-    found = os.statvfs(gateway.layout.root)
-    return float(found.f_bavail * found.f_frsize)
 
 
 def _standing(reading: Reading) -> Iterator[Sample]:
@@ -209,7 +210,7 @@ METRICS: tuple[Metric, ...] = (
         _one(lambda g: float(bool(g.finality.disagreement)))),
     Metric("bmoe_journal_bytes", "gauge", (), "Inputs of requests in work.", _one(lambda g: g.journal.held_bytes)),
     Metric("bmoe_file_bytes", "gauge", ("file",), "Size of evidence, journal, and each validator's replica.", _files),
-    Metric("bmoe_disk_free_bytes", "gauge", (), "Room on the file system of the state directory.", _one(_disk)),
+    Metric("bmoe_disk_free_bytes", "gauge", ("folder",), "Room on the file systems of what a gateway writes.", _disks),
     Metric("bmoe_process_starts_total", "counter", ("process",), "Starts by the supervisor; more than 1 is a restart.",
         lambda r: r.starts("starts")),
     Metric("bmoe_process_up", "gauge", ("process",), "1 while the process runs and has said that it is ready.",

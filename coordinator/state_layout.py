@@ -65,6 +65,11 @@ class StateLayout:
         return self.root / "evidence" / "evidence.db"
 
     @property
+    def ledger(self) -> Path:
+        """The ledger engine's folder."""
+        return self.root / "ledger"
+
+    @property
     def blobs(self) -> Path:
         """ONNX files by SHA-256."""
         return self.root / "blobs"

@@ -26,6 +26,7 @@ from bmoe.protocol.files import write_durably
 from bmoe.protocol.keys import Signer
 from coordinator.cli.admin import ADMIN
 from coordinator.config import GatewaySettings
+from coordinator.disk import Disks, Engines
 from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
 from coordinator.embedded.mosquitto import acl_file, crl_file, prepare_mosquitto
 from coordinator.embedded.nats_server import Server, prepare_broker, prepare_ledger
@@ -76,11 +77,18 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
 
     def tell(event: Event) -> None:
         processes.note(event)
-        _tell(event)
+        if not (event.kind == "log" and engines.alarm(event.child, event.detail)):
+            _tell(event)
 
+    supervisor = Supervisor(settings.state, tell)
+    engines = Engines(lambda name: settings.state / name, supervisor.restart, log.warning)
+    written = (layout.root, layout.signing_key.parent, layout.evidence.parent, layout.ledger)
+    disks = Disks(written, settings.disk_reserve_mb, log.warning)
     async with (
-        Supervisor(settings.state, tell) as supervisor,
+        supervisor,
         _beside(hand_on(layout.figures("up"), processes.figures)),
+        _beside(disks.watch()),
+        _beside(engines.mend(settings.disk_reserve_mb)),
     ):
         identity = prepare_identity(
             settings.state, VALIDATORS, (settings.host, settings.api_host, *settings.public_hosts)

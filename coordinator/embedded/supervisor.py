@@ -131,6 +131,13 @@ class Supervisor:
             await asyncio.wait([self._tending])
             self._tending = None
 
+    def restart(self, name: str) -> None:
+        """End a child that runs; it is started again as after any exit."""
+        slot = self._slots.get(name)
+        if slot is not None and slot.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                slot.process.send_signal(signal.SIGTERM)
+
     def pids(self) -> dict[str, int]:
         """The pid of each child that runs now."""
         return {name: slot.process.pid for name, slot in self._slots.items() if slot.process is not None}
