@@ -1,14 +1,13 @@
 """Room on the disks of a gateway. Requests stop while there is still room for what was begun, and go on by themselves.
 
-A full disk loses nothing (journal, evidence, ledger and outbox say no before anyone relies on them), but an engine
-that has met one writes no more until it is started again: `Engines` sees to that.
+A full disk loses nothing (journal, evidence, ledger and outbox say no before anyone relies on them), but what is
+under way then waits, and a server that has met one must be started again: coordinator/engines.py.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from typing import Any
 Report = Callable[..., Any]
 LOOK_S = 1.0
 MB = 1024 * 1024
-# What nats-server says when a store has met a full disk: it takes nothing more in this life.
-BROKEN = re.compile(r"critical write error|no space left on device|JetStream .*will be DISABLED", re.I)
 
 
 class Disks:
@@ -44,34 +41,6 @@ class Disks:
         while True:
             self.look()
             await asyncio.sleep(LOOK_S)
-
-
-class Engines:
-    """The NATS servers that a full disk broke: told once, and started again when there is room."""
-
-    def __init__(self, folder: Callable[[str], Path], restart: Callable[[str], None], report: Report) -> None:
-        self._folder, self._restart, self._report = folder, restart, report
-        self.broken: set[str] = set()
-
-    def alarm(self, name: str, line: str) -> bool:
-        """Take note of a line of a server's log; whether it is about a full disk."""
-        if not BROKEN.search(line):
-            return False
-        if name not in self.broken:
-            self.broken.add(name)
-            self._report("engine_met_full_disk", server=name, folder=str(self._folder(name)), line=line,
-                do="make room: it is started again by itself then, and nothing acknowledged is lost")  # fmt: skip
-        return True
-
-    async def mend(self, reserve_mb: int) -> None:
-        """Start again what broke, once its disk has room, for ever."""
-        while True:
-            await asyncio.sleep(LOOK_S)
-            for name in list(self.broken):
-                if free_bytes(self._folder(name)) >= reserve_mb * MB:
-                    self.broken.discard(name)
-                    self._report("engine_restarted", server=name, reason="its disk has room again")
-                    self._restart(name)
 
 
 def free_bytes(folder: Path) -> int:

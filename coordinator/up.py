@@ -26,13 +26,14 @@ from bmoe.protocol.files import write_durably
 from bmoe.protocol.keys import Signer
 from coordinator.cli.admin import ADMIN
 from coordinator.config import GatewaySettings
-from coordinator.disk import Disks, Engines
+from coordinator.disk import Disks
 from coordinator.embedded.ledger_stream import ensure_checkpoint_stream, ensure_ledger_stream
 from coordinator.embedded.mosquitto import acl_file, crl_file, prepare_mosquitto
 from coordinator.embedded.nats_server import Server, prepare_broker, prepare_ledger
 from coordinator.embedded.ports import Listen, claim_ports
 from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
+from coordinator.engines import Engines
 from coordinator.identity.guard import NOBODY, write_lists
 from coordinator.identity.infrastructure import GUARD, SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs

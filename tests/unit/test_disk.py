@@ -12,7 +12,8 @@ import pytest
 import structlog
 
 from coordinator import disk, logs
-from coordinator.disk import MB, Disks, Engines
+from coordinator.disk import MB, Disks
+from coordinator.engines import Engines
 from coordinator.logs import Seldom, set_up_logs
 
 LINE = "[7] [ERR] Filestore [LEDGER] Critical write error: write /x/1.blk: no space left on device"

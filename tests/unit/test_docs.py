@@ -238,7 +238,7 @@ def events(prefix: str) -> set[str]:
     [
         ("Board:", ("edge_agent/",), ()),
         ("Registrar:", ("coordinator/identity/",), ()),
-        ("Coordinator:", ("coordinator/",), ("coordinator/identity/", "coordinator/up.py")),
+        ("Coordinator:", ("coordinator/",), ("coordinator/identity/", "coordinator/up.py", "coordinator/engines.py")),
     ],
 )
 def test_every_log_event_is_explained(heading: str, prefixes: tuple[str, ...], excluded: tuple[str, ...]) -> None:
