@@ -18,7 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from bmoe.protocol.errors import InputError, RefusedError, UnavailableError
+from bmoe.protocol.errors import (
+    AuthenticationError,
+    InputError,
+    LimitError,
+    QuotaError,
+    RefusedError,
+    UnavailableError,
+    UnknownError,
+)
 
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
@@ -26,6 +34,7 @@ DATATYPES = {
 }  # fmt: skip
 _DTYPES = {v: k for k, v in DATATYPES.items()}
 REPLY_MAX = 256 * 1024 * 1024
+ERRORS = {401: AuthenticationError, 403: RefusedError, 404: UnknownError, 413: LimitError}
 HEAD_LENGTH = "Inference-Header-Content-Length"
 
 
@@ -74,11 +83,13 @@ class Client:
         policy: str | None = None,
         wait: str | None = None,
         binary: bool = True,
+        request_id: str | None = None,
     ) -> Answer:
         """Ask a model. `inputs` maps input names to arrays of the dtype that the model declares.
 
-        Tensors travel as their bytes; with `binary=False` as JSON, which is for people to read.
-        Raises InputError when the gateway refuses the request, UnavailableError when it gives no answer.
+        Tensors travel as their bytes; with `binary=False` as JSON, which is for people to read. `request_id` is a name
+        of yours, by which `outcome` knows the request also when no answer came. Raises InputError for a bad request,
+        RefusedError where its sender may not make it (QuotaError: not now), UnavailableError when there is no answer.
         """
         parameters: dict[str, Any] = {k: v for k, v in (("policy", policy), ("wait", wait)) if v is not None}
         arrays = {name: np.asarray(array) for name, array in inputs.items()}
@@ -86,7 +97,8 @@ class Client:
         headers = {}
         if binary:
             parameters["binary_data_output"] = True
-        body = json.dumps({"inputs": tensors, "parameters": parameters}).encode()
+        named = {} if request_id is None else {"id": request_id}
+        body = json.dumps({**named, "inputs": tensors, "parameters": parameters}).encode()
         if binary:
             headers[HEAD_LENGTH] = str(len(body))
             body = b"".join([body, *(_bytes(array) for array in arrays.values())])
@@ -166,7 +178,7 @@ class Client:
             raise UnavailableError(f"gateway {where}: {str(error) or type(error).__name__}") from error
         if response.status == 200:
             return response, reply
-        raise _error(response.status, reply)
+        raise _error(response, reply)
 
 
 def read_answer(reply: bytes, head_length: str | None = None) -> Answer:
@@ -205,14 +217,16 @@ def _closed_while_idle(error: Exception) -> bool:
     return isinstance(error, (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError))
 
 
-def _error(status: int, reply: bytes) -> Exception:
+def _error(response: http.client.HTTPResponse, reply: bytes) -> Exception:
     try:
         message = str(json.loads(reply)["error"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        message = f"HTTP {status}"
-    if status in (401, 403, 429):
-        return RefusedError(message)
-    return InputError(message) if status < 500 else UnavailableError(message)
+        message = f"HTTP {response.status}"
+    if response.status == 429:
+        after = response.headers.get("Retry-After", "")
+        return QuotaError(message, float(after) if after.isdigit() else 1.0)
+    kind = ERRORS.get(response.status, InputError if response.status < 500 else UnavailableError)
+    return kind(message)
 
 
 def _tensor(name: str, array: np.ndarray, binary: bool) -> dict[str, Any]:

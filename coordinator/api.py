@@ -14,22 +14,27 @@ import structlog
 from fastapi import FastAPI, Request, Response
 
 from bmoe import __version__
-from bmoe.protocol.errors import BmoeError, InputError, LimitError, UnknownError
+from bmoe.ledger.rules.entries import parse_entry
+from bmoe.ledger.rules.receipt_format import parse_receipt
+from bmoe.protocol.errors import BmoeError, InputError, LimitError, RefusedError, UnknownError
 from coordinator.gateway import Gateway
 from coordinator.infer_route import App, InferRoute
 from coordinator.mqtt_history import History
 from coordinator.mqtt_requests import MqttRequests, owner_of
 from coordinator.records import unpack_answered
 from coordinator.replies import reply_values, status_of
+from coordinator.tenants import check_model
 
 log = structlog.get_logger("api")
 Answering = Callable[[Gateway, Request], Awaitable[Response]]
 EXTENSIONS = ["binary_tensor_data"]
+ANYONE, TENANT, OPERATOR = range(3)
 
 
 def build_api(gateway: Gateway) -> App:
     """The application; it holds no state of its own."""
     app = FastAPI(title="bmoe", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
+    for_operators: tuple[tuple[str, Answering], ...] = (("/v1/fleet", _fleet), ("/v1/statistics", _statistics))
     for_all: tuple[tuple[str, Answering], ...] = (("/v2/health/live", _live), ("/v2/health/ready", _ready))
     for_tenants: tuple[tuple[str, Answering], ...] = (
         ("/v2", _server),
@@ -40,24 +45,25 @@ def build_api(gateway: Gateway) -> App:
         ("/v1/answers/{identity}/receipt", _answer_receipt),
         ("/v1/verdicts/{identity}/receipt", _verdict_receipt),
         ("/v1/requests/{identity}", _request),
-        ("/v1/fleet", _fleet),
-        ("/v1/statistics", _statistics),
     )
-    for routes, known in ((for_all, False), (for_tenants, True)):
+    for routes, who in ((for_all, ANYONE), (for_tenants, TENANT), (for_operators, OPERATOR)):
         for path, handler in routes:
-            guarded = _guarded(gateway, handler, known)
+            guarded = _guarded(gateway, handler, who)
             app.add_api_route(path, guarded, methods=["GET", "HEAD"], include_in_schema=False)
     app.add_exception_handler(404, _not_found)
     app.add_exception_handler(405, _not_found)
     return InferRoute(gateway, app)
 
 
-def _guarded(gateway: Gateway, handler: Answering, known: bool) -> Callable[[Request], Awaitable[Response]]:
+def _guarded(gateway: Gateway, handler: Answering, who: int) -> Callable[[Request], Awaitable[Response]]:
     async def guarded(request: Request) -> Response:
         try:
-            if known:
-                given = request.headers.get("authorization")
-                request.state.tenant = gateway.access.tenant(given, time.monotonic()).name
+            given, now = request.headers.get("authorization"), time.monotonic()
+            if who >= TENANT:
+                request.state.tenant = gateway.access.tenant(given, now)
+                request.state.operator = gateway.access.is_operator(given, now)
+            if who == OPERATOR and not request.state.operator:
+                raise RefusedError("this is for operators: bmoe api-token create --operator")
             return await handler(gateway, request)
         except BmoeError as error:
             status = status_of(error)
@@ -116,11 +122,13 @@ async def _server(gateway: Gateway, request: Request) -> Response:
 
 
 async def _metadata(gateway: Gateway, request: Request) -> Response:
+    check_model(request.state.tenant, request.path_params["model"])
     gateway.catalogue.check_version(request.path_params["model"], request.path_params.get("version"))
     return _json(gateway.catalogue.metadata(request.path_params["model"]))
 
 
 async def _model_ready(gateway: Gateway, request: Request) -> Response:
+    check_model(request.state.tenant, request.path_params["model"])
     gateway.catalogue.check_version(request.path_params["model"], request.path_params.get("version"))
     return _json({"name": request.path_params["model"], "ready": True})
 
@@ -141,11 +149,16 @@ async def _receipt(gateway: Gateway, request: Request, kind: str) -> Response:
         identity = b""
     if len(identity) != 16:
         raise InputError(f"an id is 32 hexadecimal digits, got {text[:64]!r}")
-    return Response(await gateway.receipt(identity, kind), media_type="text/plain")
+    receipt = await gateway.receipt(identity, kind)
+    if not request.state.operator:
+        entry = parse_entry(parse_receipt(receipt).evidence.leaf)
+        if getattr(entry, "tenant", None) != request.state.tenant.name:
+            raise UnknownError(f"tenant {request.state.tenant.name} has no receipt {text}")
+    return Response(receipt, media_type="text/plain")
 
 
 async def _request(gateway: Gateway, request: Request) -> Response:
-    return _json(await outcome(gateway, request.path_params["identity"], request.state.tenant))
+    return _json(await outcome(gateway, request.path_params["identity"], request.state.tenant.name))
 
 
 async def outcome(gateway: Gateway, identity: str, tenant: str) -> dict[str, Any]:

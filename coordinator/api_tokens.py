@@ -1,6 +1,6 @@
-"""API tokens: one file of what each bearer token may do. Only digests are kept; a change counts within a second.
+"""One file of who may ask the API: the tenants with their limits, and the digests of the bearer tokens that name them.
 
-The operator's commands write the file, whole and durably, under a lock; the coordinator reads it when it has changed.
+The operator's commands write it, whole and durably, under a lock; coordinator/access.py reads it when it has changed.
 Source: RFC 6750 (bearer tokens). A token is `bmoek.` and 32 random bytes in base64url, so a digest of it needs no salt.
 """
 
@@ -11,196 +11,181 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
-import structlog
 
-from bmoe.protocol.errors import AuthenticationError, ConfigError, InputError
+from bmoe.protocol.errors import ConfigError, InputError
 from bmoe.protocol.files import write_durably
 from bmoe.protocol.schema import is_name
-from bmoe.storage.strict_json import parse_json
-from coordinator.tenants import PUBLIC, Tenant
+from bmoe.storage.strict_json import integer, list_of, object_of, one_of, or_null, parse_json, text, wrong
+from coordinator.tenants import Tenant
 
-log = structlog.get_logger("api_tokens")
 PREFIX = "bmoek."
-LOOK_EVERY_S = 0.5
 FILE_BYTES = 4 * 1024 * 1024
+MOST = 10_000
 TOKEN_CHARACTERS = 128
+MS_A_DAY = 86_400_000
 
 
 @dataclass(frozen=True)
 class ApiToken:
-    """One token: its short id, the SHA-256 of its text, its tenant and limits, and its times in ms since 1970."""
+    """One token: its short id, the SHA-256 of its text, whom it names, and its times in ms since 1970.
+
+    `operator` tokens see the fleet, the figures and every receipt besides.
+    """
 
     id: str
     sha256: str
     tenant: str
-    models: tuple[str, ...] | None
-    rate: float
-    burst: int
-    concurrent: int
+    operator: bool
     created_ms: int
     expires_ms: int
 
-    def as_tenant(self) -> Tenant:
-        """Who asks with it."""
-        models = None if self.models is None else frozenset(self.models)
-        return Tenant(self.tenant, models, self.rate, self.burst, self.concurrent)
+
+@dataclass
+class Admissions:
+    """The file's content: tenants by name, the tokens, and whether there ever was one: then they are wanted."""
+
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    tokens: list[ApiToken] = field(default_factory=list)
+    wanted: bool = False
+
+    def tenant(self, name: str) -> Tenant:
+        """A tenant with its limits; one that has none set is without limit."""
+        return self.tenants.get(name) or Tenant(name)
 
 
-class TokenFile:
-    """The file as the operator's commands change it. Raises ConfigError for a file that is damaged."""
+class AdmissionsFile:
+    """The file as the operator's commands change it. Raises ConfigError for one that is damaged."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def create(
-        self,
-        tenant: str,
-        *,
-        models: tuple[str, ...] | None = None,
-        rate: float = 0.0,
-        burst: int = 0,
-        concurrent: int = 0,
-        days: float = 365.0,
-    ) -> str:
+    def create(self, tenant: str, *, operator: bool = False, days: float = 365.0) -> str:
         """Make a token and return its text, which is kept nowhere. Raises InputError for values that cannot be."""
-        if not is_name(tenant) or (models is not None and not all(map(is_name, models))):
-            raise InputError(f"tenant and models are names of a-z 0-9 -, got {tenant!r} and {models}")
-        if min(rate, burst, concurrent) < 0 or not 0 < days <= 3650:
-            raise InputError("rate, burst and concurrent are not negative, days in 0..3650")
-        text = PREFIX + base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
+        _check_tenant(Tenant(tenant))
+        if not 0 < days <= 3650:
+            raise InputError(f"a token is good for more than 0 and at most 3650 days, not {days:g}")
+        spelled = PREFIX + base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
         now = time.time_ns() // 1_000_000
         token = ApiToken(
-            secrets.token_hex(4), _digest(text), tenant, models, rate, burst or max(1, int(rate)), concurrent, now,
-            now + int(days * 86_400_000),
+            secrets.token_hex(4), digest_of(spelled), tenant, operator, now, now + int(days * MS_A_DAY)
         )  # fmt: skip
-        with self._changing() as tokens:
-            tokens.append(token)
-        return text
+        with self._changing() as content:
+            if len(content.tokens) >= MOST:
+                raise InputError(f"there are {MOST} API tokens, the limit: revoke some")
+            content.tokens.append(token)
+            content.wanted = True
+        return spelled
 
     def revoke(self, identity: str) -> None:
         """Forget a token by its id; raises InputError when there is none."""
-        with self._changing() as tokens:
-            left = [t for t in tokens if t.id != identity]
-            if len(left) == len(tokens):
+        with self._changing() as content:
+            left = [t for t in content.tokens if t.id != identity]
+            if len(left) == len(content.tokens):
                 raise InputError(f"there is no API token {identity[:64]!r}")
-            tokens[:] = left
+            content.tokens = left
 
-    def read(self) -> list[ApiToken]:
-        """The tokens there are."""
+    def limit(self, tenant: Tenant) -> None:
+        """Set a tenant's limits, all of them; they count for all its tokens and boards. Raises InputError for odd ones."""
+        _check_tenant(tenant)
+        with self._changing() as content:
+            if tenant.name not in content.tenants and len(content.tenants) >= MOST:
+                raise InputError(f"there are {MOST} tenants with limits, the limit")
+            content.tenants[tenant.name] = tenant
+
+    def read(self) -> Admissions:
+        """What the file says; nothing where there is none."""
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
-            return []
+            return Admissions()
         except OSError as error:
             raise ConfigError(f"{self.path} cannot be read: {error.strerror or error}") from error
-        return parse_tokens(data, self.path)
+        return parse_admissions(data, self.path)
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[list[ApiToken]]:
+    def _changing(self) -> Iterator[Admissions]:
         if not self.path.parent.is_dir():
             raise ConfigError(f"{self.path.parent} is missing: bring the gateway up first (bmoe up)")
         lock = os.open(self.path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            tokens = self.read()
-            yield tokens
-            write_durably(self.path, format_tokens(tokens), mode=0o600)
+            content = self.read()
+            yield content
+            write_durably(self.path, format_admissions(content), mode=0o600)
         finally:
             os.close(lock)
 
 
-def format_tokens(tokens: list[ApiToken]) -> bytes:
+def digest_of(spelled: str) -> str:
+    """What is kept of a token."""
+    return hashlib.sha256(spelled.encode()).hexdigest()
+
+
+def format_admissions(content: Admissions) -> bytes:
     """The file's bytes."""
-    return orjson.dumps({"format": 1, "tokens": [asdict(t) for t in tokens]}, option=orjson.OPT_INDENT_2)
+    tenants = [
+        {**asdict(t), "models": None if t.models is None else sorted(t.models)} for t in content.tenants.values()
+    ]
+    tokens = [asdict(t) for t in content.tokens]
+    values = {"format": 1, "wanted": content.wanted, "tenants": tenants, "tokens": tokens}
+    return orjson.dumps(values, option=orjson.OPT_INDENT_2)
 
 
-def parse_tokens(data: bytes, path: Path) -> list[ApiToken]:
-    """The tokens in a file's bytes; raises ConfigError saying what is wrong."""
+def parse_admissions(data: bytes, path: Path) -> Admissions:
+    """The content of a file's bytes; raises ConfigError saying what is wrong."""
     try:
-        values = parse_json(data, FILE_BYTES)
-        if values["format"] != 1:
-            raise ValueError(f"format {values['format']!r}")
-        return [_token(given) for given in values["tokens"]]
-    except (InputError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): restore it, or delete it and create the tokens anew"
-        ) from error
+        content: Admissions = _content(parse_json(data, FILE_BYTES), "$")
+        return content
+    except InputError as error:
+        raise ConfigError(f"{path} is damaged ({error}): restore it, or remove it and make the tokens anew") from error
 
 
-def _token(given: dict[str, Any]) -> ApiToken:
-    models = given["models"]
-    token = ApiToken(**{**given, "models": None if models is None else tuple(models)})
-    kinds = ((token.id, str), (token.sha256, str), (token.burst, int), (token.concurrent, int), (token.expires_ms, int))
-    if not all(isinstance(value, kind) for value, kind in kinds) or not is_name(token.tenant):
-        raise ValueError("a token's fields are of other types")
-    if not isinstance(token.rate, int | float) or not (models is None or all(map(is_name, models))):
-        raise ValueError("a token's rate or models are of other types")
-    return token
+def _check_tenant(tenant: Tenant) -> None:
+    if not is_name(tenant.name) or not all(map(is_name, tenant.models or ())):
+        raise InputError(f"tenants and models are names of a-z 0-9 -, got {tenant.name[:64]!r} and {tenant.models}")
+    if not (0 <= tenant.rate <= 1e6 and 0 <= tenant.burst <= 10**6 and 0 <= tenant.concurrent <= 10**6):
+        raise InputError("rate, burst and concurrent are 0 (without limit) to 1000000")
 
 
-class Access:
-    """Who asks, by the Authorization header. Without any token, and unless one is required, everybody is `public`."""
-
-    def __init__(self, path: Path, required: bool) -> None:
-        self._file, self._required = TokenFile(path), required
-        self._seen: tuple[int, int, int] | None = None
-        self._looked = 0.0
-        self._tokens: dict[str, ApiToken] = {}
-        self._any = False
-        self.refresh(time.monotonic())
-
-    def refresh(self, now: float) -> None:
-        """Read the file if it has changed. One that is damaged changes nothing, and at the start raises ConfigError."""
-        if self._seen is not None and now - self._looked < LOOK_EVERY_S:
-            return
-        self._looked = now
-        try:
-            facts = os.stat(self._file.path)
-            seen = (facts.st_mtime_ns, facts.st_ino, facts.st_size)
-        except FileNotFoundError:
-            seen = (0, 0, 0)
-        if seen == self._seen:
-            return
-        try:
-            tokens = self._file.read()
-        except ConfigError as error:
-            if self._seen is None:
-                raise
-            log.error("api_tokens_unreadable", error=str(error))
-            self._seen = seen
-            return
-        self._tokens = {token.sha256: token for token in tokens}
-        self._any, self._seen = bool(tokens) or self._any, seen
-
-    def tenant(self, authorization: str | None, now: float) -> Tenant:
-        """The tenant that asks; raises AuthenticationError for nobody known, ConfigError for a damaged file."""
-        self.refresh(now)
-        if authorization is None and not self._any and not self._required:
-            return PUBLIC
-        scheme, _, text = (authorization or "").partition(" ")
-        text = text.strip()
-        if scheme.lower() != "bearer" or not 0 < len(text) <= TOKEN_CHARACTERS:
-            raise AuthenticationError("this gateway wants an API token: Authorization: Bearer bmoek.… (bmoe api-token)")
-        token = self._tokens.get(_digest(text))
-        if token is None:
-            raise AuthenticationError("the API token is not known here: it is mistyped or revoked")
-        if token.expires_ms < time.time_ns() // 1_000_000:
-            raise AuthenticationError(f"API token {token.id} has expired")
-        return token.as_tenant()
-
-    def owner(self, name: str) -> Tenant:
-        """The tenant that a device's owner is: with the limits of its tokens, where it has any."""
-        self.refresh(time.monotonic())
-        return next((t.as_tenant() for t in self._tokens.values() if t.tenant == name), Tenant(name))
+def _name(value: Any, path: str) -> str:
+    if not is_name(value):
+        raise wrong(path, "a name of 1..64 characters a-z 0-9 -", value)
+    return str(value)
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _rate(value: Any, path: str) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1e6:
+        raise wrong(path, "a number 0..1000000", value)
+    return float(value)
+
+
+def _gather(format: int, wanted: bool, tenants: tuple[Tenant, ...], tokens: tuple[ApiToken, ...]) -> Admissions:
+    return Admissions({t.name: t for t in tenants}, list(tokens), wanted)
+
+
+def _tenant(models: tuple[str, ...] | None, **fields: Any) -> Tenant:
+    return Tenant(models=None if models is None else frozenset(models), **fields)
+
+
+_count, _ms = integer(0, 10**6), integer(0, 2**53)
+_content = object_of(_gather, {
+    "format": one_of(1),
+    "wanted": one_of(True, False),
+    "tenants": list_of(object_of(_tenant, {
+        "name": _name, "models": or_null(list_of(_name, 0, 1000)), "rate": _rate, "burst": _count, "concurrent": _count,
+    }), 0, MOST),
+    "tokens": list_of(object_of(ApiToken, {
+        "id": text(re.compile("[0-9a-f]{8}"), "8 hexadecimal digits"),
+        "sha256": text(re.compile("[0-9a-f]{64}"), "64 hexadecimal digits"),
+        "tenant": _name, "operator": one_of(True, False), "created_ms": _ms, "expires_ms": _ms,
+    }), 0, MOST),
+})  # fmt: skip

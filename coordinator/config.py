@@ -58,6 +58,9 @@ class GatewaySettings(BaseSettings):
     batch_rows: int = Field(128, ge=1, le=1024, description="Most rows in one task.")
     request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")
     body_bytes: int = Field(16 * 1024 * 1024, ge=1024, description="Largest request body.")
+    bodies_bytes: int = Field(
+        256 * 1024 * 1024, ge=4096, description="Bodies in work at once, in bytes; half of it for one tenant."
+    )
     requests_waiting: int = Field(1024, ge=1, description="Requests in work at once; more are refused with 503.")
     connections_per_address: int = Field(
         256, ge=8, description="Connections to the API that one address may hold (an IPv6 /64 counts as one)."
@@ -112,6 +115,12 @@ class GatewaySettings(BaseSettings):
     def _certificate_and_key(self) -> GatewaySettings:
         if (self.api_certificate is None) != (self.api_key is None):
             raise ValueError("api_certificate and api_key go together")
+        return self
+
+    @model_validator(mode="after")
+    def _room_for_a_body(self) -> GatewaySettings:
+        if self.bodies_bytes < 4 * self.body_bytes:  # half is one tenant's, and a compressed body is held twice
+            raise ValueError(f"bodies_bytes is at least four times body_bytes, {4 * self.body_bytes}")
         return self
 
     @classmethod

@@ -7,8 +7,9 @@ import contextlib
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 from nats.errors import Error as NatsError
@@ -30,8 +31,8 @@ from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Output, Refusal, Status
 from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_request, parse_topic
 from bmoe.storage.evidence import EvidenceReader, EvidenceStore
+from coordinator.access import Access
 from coordinator.answer import Answerer
-from coordinator.api_tokens import Access
 from coordinator.cache import Cache
 from coordinator.catalogue import Catalogue
 from coordinator.commit import Committer, answer_rows_max
@@ -55,6 +56,7 @@ from coordinator.state_layout import StateLayout
 from coordinator.tenants import Quotas
 
 log = structlog.get_logger("gateway")
+T = TypeVar("T")
 NAME = "coordinator"
 UP_CHANNELS = {"output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0)}
 FINAL_TIMEOUT_S = 30.0
@@ -90,6 +92,7 @@ class Gateway:
         self.access = Access(layout.api_tokens, settings.api_tokens_required)
         self.quotas = Quotas()
         self.cache = Cache()
+        self._aside = ThreadPoolExecutor(1, "json")
         self.finality = Finality(self.state)
         self.catalogue = Catalogue(self.state)
         self.counts = RequestCounts(self.catalogue.names)
@@ -182,6 +185,7 @@ class Gateway:
         await asyncio.gather(self._gate_runner.close(), self._referee_runner.close())
         self._evidence.close()
         await self.journal.close()
+        self._aside.shutdown(wait=False)
         self.fleet.save_view(self.fleet.table())
 
     @counted
@@ -200,8 +204,12 @@ class Gateway:
         def take() -> Request:
             return take_in(body, model, tenant, policy, rows_max, head_bytes=head_bytes)
 
-        request = take() if (head_bytes or len(body)) <= LARGE_BYTES else await asyncio.to_thread(take)
+        request = take() if (head_bytes or len(body)) <= LARGE_BYTES else await self.aside(take)
         return await self.answerer.answer(replace(request, reply_to=reply_to) if reply_to else request)
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """Do work on large JSON off the loop, and one at a time: in memory it is many times what it is on the wire."""
+        return await asyncio.get_running_loop().run_in_executor(self._aside, work)
 
     def take_requests(self, handler: Callable[[str, str, bytes], None]) -> None:
         """Hand what devices publish as requests to handler(device, model, payload), from now on."""

@@ -39,11 +39,18 @@ STATUS: tuple[tuple[type[BmoeError], int], ...] = (
     (InferenceError, 502),
     (BmoeError, 500),
 )
+LARGE_BYTES = 64 * 1024
 
 
 def status_of(error: BmoeError) -> int:
     """The HTTP status of an error."""
     return next(status for kind, status in STATUS if isinstance(error, kind))
+
+
+def is_large(answered: Answered) -> bool:
+    """Whether spelling its outputs as JSON would hold up everybody else."""
+    binary = answered.request.binary
+    return sum(len(t.data) for t in answered.result.tensors if t.name not in binary) > LARGE_BYTES
 
 
 def reply_of(answered: Answered) -> tuple[int | None, bytes]:

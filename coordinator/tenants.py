@@ -15,7 +15,10 @@ from bmoe.protocol.errors import QuotaError, RefusedError
 
 @dataclass(frozen=True)
 class Tenant:
-    """What one tenant may have. None and 0 mean without limit; `rate` is requests a second, `burst` how many at once."""
+    """What one tenant may have. None and 0 mean without limit; `rate` is requests a second.
+
+    `burst` is how many may come at once beyond it, 0 as many as come in a second.
+    """
 
     name: str
     models: frozenset[str] | None = None
@@ -45,15 +48,12 @@ class Quotas:
     @contextlib.contextmanager
     def admitted(self, tenant: Tenant, model: str, now: float) -> Iterator[None]:
         """A place for one request. Raises RefusedError for a model it may not ask, QuotaError when it asks too much."""
-        if tenant.models is not None and model not in tenant.models:
-            raise RefusedError(
-                f"tenant {tenant.name} may not ask {model[:64]!r}, only {', '.join(sorted(tenant.models))}"
-            )
-        use = self._uses.setdefault(tenant.name, _Use(float(max(tenant.burst, 1)), now))
+        check_model(tenant, model)
+        burst = tenant.burst or max(1.0, tenant.rate)
+        use = self._uses.setdefault(tenant.name, _Use(burst, now))
         if tenant.concurrent and use.running >= tenant.concurrent:
             raise QuotaError(f"tenant {tenant.name} has {use.running} requests in work, the limit: wait for one to end")
         if tenant.rate:
-            burst = float(max(tenant.burst, 1))
             use.level = min(burst, use.level + max(0.0, now - use.at) * tenant.rate)
             use.at = now
             if use.level < 1:
@@ -68,3 +68,10 @@ class Quotas:
             yield
         finally:
             use.running -= 1
+
+
+def check_model(tenant: Tenant, model: str) -> None:
+    """Raise RefusedError for a model that the tenant may not ask."""
+    if tenant.models is not None and model not in tenant.models:
+        only = ", ".join(sorted(tenant.models)) or "none"
+        raise RefusedError(f"tenant {tenant.name} may not ask {model[:64]!r}, only {only}")

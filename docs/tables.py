@@ -80,7 +80,7 @@ GATEWAY_LIMITS = (
     ("coordinator.door", "HEAD_S", "s that the head of a request may take"),
     ("coordinator.door", "HEAD_BYTES", "bytes of a request's head"),
     ("coordinator.door", "UNREAD_S", "s that an answer may lie unread"),
-    ("coordinator.infer_route", "BODY_S", "s that a request's body may take"),
+    ("coordinator.bodies", "BODY_S", "s that a request's body may take"),
     ("coordinator.identity.https", "CONNECTIONS_MAX", "connections to fleet HTTPS"),
     ("coordinator.identity.https", "CONNECTIONS_EACH", "connections to fleet HTTPS of one address"),
     ("coordinator.identity.authority", "DEVICE_DAYS", "days that a board's certificate is valid"),

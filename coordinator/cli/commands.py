@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from bmoe import __version__
 from bmoe.client import Client
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
-from coordinator.api_tokens import TokenFile
 from coordinator.cli.admin import Admin
 from coordinator.cli.model import model_app
+from coordinator.cli.tables import out, show
+from coordinator.cli.tenants import api_token_app, tenant_app
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.state_layout import StateLayout
@@ -31,12 +30,11 @@ app = typer.Typer(
 )
 token_app = typer.Typer(help="One-time tokens with which boards join.", no_args_is_help=True)
 device_app = typer.Typer(help="Enrolled devices.", no_args_is_help=True)
-api_token_app = typer.Typer(help="Bearer tokens with which clients ask the API.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(token_app, name="token")
 app.add_typer(api_token_app, name="api-token")
+app.add_typer(tenant_app, name="tenant")
 app.add_typer(device_app, name="device")
-out = Console()
 
 State = Annotated[Path, typer.Option(help="The gateway's state directory.", envvar="BMOE_STATE")]
 Url = Annotated[str | None, typer.Option(help="The gateway's API; read from the state directory when not given.")]
@@ -154,54 +152,16 @@ def token_create(
     print(Admin(state).call("POST", "/v1/admin/tokens", body)["token"])
 
 
-@api_token_app.command("create")
-def api_token_create(
-    tenant: Annotated[str, typer.Option(help="Who asks with it; stands in every verdict and answer made for it.")],
-    model: Annotated[list[str] | None, typer.Option(help="Allowed model; may be repeated. Default: all.")] = None,
-    rate: Annotated[float, typer.Option(min=0, help="Requests a second; 0 is without limit.")] = 0.0,
-    burst: Annotated[int, typer.Option(min=0, help="Requests at once beyond the rate; 0: a second's worth.")] = 0,
-    concurrent: Annotated[int, typer.Option(min=0, help="Requests in work at once; 0 is without limit.")] = 0,
-    days: Annotated[float, typer.Option(min=0.001, max=3650, help="How long it may be used.")] = 365.0,
-    state: State = DEFAULT_STATE,
-) -> None:
-    """Print a new API token. It is shown once: only its digest is kept. It counts within a second."""
-    models = tuple(model) if model else None
-    tokens = TokenFile(StateLayout(state).api_tokens)
-    print(tokens.create(tenant, models=models, rate=rate, burst=burst, concurrent=concurrent, days=days))
-
-
-@api_token_app.command("list")
-def api_token_list(state: State = DEFAULT_STATE) -> None:
-    """API tokens: ids, tenants and limits."""
-    _table([
-        {
-            "id": t.id, "tenant": t.tenant, "models": "all" if t.models is None else ", ".join(t.models),
-            "rate": t.rate or "", "burst": t.burst or "", "concurrent": t.concurrent or "",
-            "expires": time.strftime("%Y-%m-%d", time.gmtime(t.expires_ms / 1000)),
-        }
-        for t in TokenFile(StateLayout(state).api_tokens).read()
-    ])  # fmt: skip
-
-
-@api_token_app.command("revoke")
-def api_token_revoke(
-    identity: Annotated[str, typer.Argument(help="The token's id, from the list.")], state: State = DEFAULT_STATE
-) -> None:
-    """Take an API token back; it counts within a second."""
-    TokenFile(StateLayout(state).api_tokens).revoke(identity)
-    out.print(f"API token {identity} is revoked")
-
-
 @token_app.command("list")
 def token_list(state: State = DEFAULT_STATE) -> None:
     """Tokens made, and what became of them."""
-    _table(Admin(state).call("GET", "/v1/admin/tokens")["tokens"])
+    show(Admin(state).call("GET", "/v1/admin/tokens")["tokens"])
 
 
 @device_app.command("list")
 def device_list(state: State = DEFAULT_STATE) -> None:
     """Everything enrolled."""
-    _table(Admin(state).call("GET", "/v1/admin/devices")["devices"])
+    show(Admin(state).call("GET", "/v1/admin/devices")["devices"])
 
 
 @device_app.command("revoke")
@@ -242,16 +202,6 @@ def client_of(url: str | None, state: Path, token: str | None, ca: Path | None) 
     own_ca = StateLayout(state).ca
     given = ca or (own_ca if url is None and own_ca.exists() else None)
     return Client(api_url(state) if url is None else url, token=token, ca=given)
-
-
-def _table(rows: list[dict[str, Any]]) -> None:
-    if not rows:
-        out.print("none")
-        return
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*("" if v is None else str(v) for v in row.values()))
-    out.print(table)
 
 
 def run() -> int:

@@ -39,7 +39,8 @@ from bmoe.protocol.topics import topic
 from bmoe.storage.manifest import parse_manifest, render_manifest
 from bmoe.storage.packaged import packaged
 from coordinator import mqtt_requests
-from coordinator.api_tokens import ApiToken, format_tokens, parse_tokens
+from coordinator.api_tokens import Admissions, ApiToken, format_admissions, parse_admissions
+from coordinator.bodies import decompressed
 from coordinator.config import load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.fleet import DurableStorage
@@ -47,7 +48,6 @@ from coordinator.identity.callout import Callout
 from coordinator.identity.directory import Directory
 from coordinator.identity.enrol import read_request
 from coordinator.identity.jwt import Issuer, read_claims
-from coordinator.infer_route import decompressed
 from coordinator.intake import take_in
 from coordinator.jobs import Answered, Request, Result, ServedModel
 from coordinator.receive import open_from, receive_output
@@ -60,6 +60,7 @@ from coordinator.records import (
 )
 from coordinator.replies import reply_values
 from coordinator.state_layout import StateLayout
+from coordinator.tenants import Tenant
 
 LIMIT = 256 * 1024
 
@@ -153,15 +154,16 @@ def _device_messages() -> list[bytes]:
 
 
 def _tokens_file(data: bytes) -> None:
-    tokens = parse_tokens(data, Path("tokens.json"))
-    for token in tokens:
-        token.as_tenant()
-    assert parse_tokens(format_tokens(tokens), Path("tokens.json")) == tokens
+    content = parse_admissions(data, Path("tokens.json"))
+    assert all(content.tenant(token.tenant).name == token.tenant for token in content.tokens)
+    assert parse_admissions(format_admissions(content), Path("tokens.json")) == content
 
 
 def _tokens_files() -> list[bytes]:
-    one = ApiToken("ab", "0" * 64, "ada", ("toy",), 1.5, 3, 2, 1, 2**41)
-    return [format_tokens([one, dataclasses.replace(one, models=None)]), format_tokens([])]
+    one = ApiToken("ab" * 4, "0" * 64, "ada", False, 1, 2**41)
+    tenants = {"ada": Tenant("ada", frozenset({"toy"}), 1.5, 3, 2), "bob": Tenant("bob")}
+    whole = Admissions(tenants, [one, dataclasses.replace(one, operator=True)], True)
+    return [format_admissions(whole), format_admissions(Admissions())]
 
 
 def _models(name: str, version: int) -> ServedModel:

@@ -30,7 +30,8 @@ SOURCES = {
     for path in (ROOT / package).rglob("*.py")
 }
 CODE = re.compile(r"`([^`\n]+)`")
-OF_A_STATE_DIRECTORY = {"coordinator/", "coordinator/coordinator.key", "coordinator/fleet.json"}
+OF_A_STATE_DIRECTORY = {f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json")}
+GROUPS = ("token", "device", "api-token", "tenant")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
 
@@ -169,7 +170,7 @@ def shell_lines(text: str) -> list[str]:
 @pytest.mark.parametrize(("name", "line"), commands())
 def test_a_command_shown_is_one_that_the_program_takes(name: str, line: str) -> None:
     words = shlex.split(line)
-    named = 3 if words[:2] in (["bmoe", "token"], ["bmoe", "device"]) else 2
+    named = 3 if words[:2] in [["bmoe", group] for group in GROUPS] else 2
     if len(words) == named:
         words.append("--help")  # only the command is named, not a use of it
     try:
@@ -219,7 +220,7 @@ def test_make_targets_shown_exist() -> None:
 
 
 def test_variables_shown_are_settings() -> None:
-    known = {f"BMOE_{name.upper()}" for name in GatewaySettings.model_fields}
+    known = {f"BMOE_{name.upper()}" for name in GatewaySettings.model_fields} | {"BMOE_API_TOKEN"}  # an option's
     shown = {word for text in TEXTS.values() for word in re.findall(r"\bBMOE_(?!AGENT_)[A-Z_]+\b", text)}
     assert "BMOE_PUBLIC_HOSTS" in shown and shown <= known
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bmoe.ledger.rules.state import State
@@ -221,6 +221,125 @@ def test_any_json_is_taken_or_refused_and_nothing_else(changes: dict[str, Any], 
         assert 1 <= _take(json.dumps(body).encode()).rows <= 8
     except InputError:
         pass
+
+
+# --- the binary tensor data extension -------------------------------------------------------------------------------
+
+ARRAYS = {"BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT8": "<i1", "INT16": "<i2", "INT32": "<i4",
+          "INT64": "<i8", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8"}  # fmt: skip
+
+
+def _binary(head: Any, *rest: bytes, model: ServedModel = TOY, length: int | None = None) -> Request:
+    raw = head if isinstance(head, bytes) else json.dumps(head).encode()
+    return take_in(
+        b"".join([raw, *rest]), model, "public", "referee", 8, head_bytes=len(raw) if length is None else length
+    )
+
+
+def _said(datatype: str, shape: list[int], size: Any, **more: Any) -> dict[str, Any]:
+    return {"name": "x", "shape": shape, "datatype": datatype, "parameters": {"binary_data_size": size}, **more}
+
+
+@settings(max_examples=50)
+@given(st.sampled_from(sorted(ARRAYS)), st.integers(1, 8), st.integers(0, 5), st.data())
+def test_every_datatype_is_taken_as_the_bytes_that_came(datatype: str, rows: int, width: int, data: Any) -> None:
+    dtype = np.dtype(ARRAYS[datatype])
+    raw = data.draw(st.binary(min_size=rows * width * dtype.itemsize, max_size=rows * width * dtype.itemsize))
+    if datatype == "BOOL":
+        raw = bytes(b & 1 for b in raw)
+    model = _model(("x", dtype.newbyteorder("=").name, (0, width)))
+    request = _binary({"inputs": [_said(datatype, [rows, width], len(raw))]}, raw, model=model)
+    assert request.tensors[0].data == raw and request.rows == rows, "NaN too: it means a missing value to some models"
+
+
+def test_json_and_binary_inputs_lie_side_by_side_in_any_order() -> None:
+    model = _model(("a", "float32", (0,)), ("b", "int64", (0,)), ("c", "uint8", (0,)))
+    inputs = [
+        {**_said("UINT8", [1], 1), "name": "c"},
+        {"name": "b", "shape": [1], "datatype": "INT64", "data": [7]},
+        {**_said("FP32", [1], 4), "name": "a"},
+    ]
+    request = _binary({"inputs": inputs}, b"\x05", struct.pack("<f", 2.5), model=model)
+    assert [t.data for t in request.tensors] == [struct.pack("<f", 2.5), struct.pack("<q", 7), b"\x05"]
+
+
+def test_outputs_are_binary_where_they_or_the_request_say_so() -> None:
+    model = _model(("x", "float32", (0, 2)))
+    for head, binary in (
+        ({}, set()),
+        ({"parameters": {"binary_data_output": True}}, {"y"}),
+        ({"outputs": [{"name": "y", "parameters": {"binary_data": True}}]}, {"y"}),
+        ({"outputs": [{"name": "y", "parameters": {"binary_data": False}}],
+          "parameters": {"binary_data_output": True}}, set()),
+    ):  # fmt: skip
+        request = _binary({"inputs": [_said("FP32", [1, 2], 8)], **head}, bytes(8), model=model)
+        assert request.binary == binary
+
+
+@pytest.mark.parametrize(
+    ("given_input", "rest", "words"),
+    [
+        (_said("FP32", [1, 2], 8), bytes(7), "at most 7 here, got 8"),
+        (_said("FP32", [1, 2], 8), bytes(9), "1 bytes follow"),
+        (_said("FP32", [1, 2], 4), bytes(4), "needs 8 bytes, binary_data_size is 4"),
+        (_said("FP32", [1, 2], -8), bytes(8), "binary_data_size must be"),
+        (_said("FP32", [1, 2], 8.0), bytes(8), "binary_data_size must be"),
+        (_said("FP32", [1, 2], True), bytes(8), "binary_data_size must be"),
+        (_said("FP32", [1, 2], "8"), bytes(8), "binary_data_size must be"),
+        (_said("FP32", [1, 2], 8, data=[1, 2]), bytes(8), "both data and binary_data_size"),
+        (_said("BYTES", [1, 2], 8), bytes(8), "datatype must be one of .*, got 'BYTES'"),
+        (_said("BF16", [1, 2], 4), bytes(4), "got 'BF16'"),
+        (_said("FP32", [2**31 - 1] * 8, 8), bytes(8), "needs .* bytes"),
+        ({"name": "x", "shape": [1, 2], "datatype": "FP16", "data": [1, 2]}, b"", "FP16 as binary data only"),
+    ],
+)
+def test_bytes_that_are_not_what_the_head_says_are_refused(
+    given_input: dict[str, Any], rest: bytes, words: str
+) -> None:
+    with pytest.raises(MessageError, match=words) as caught:
+        _binary({"inputs": [given_input]}, rest)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_bool_is_a_byte_of_nought_or_one() -> None:
+    with pytest.raises(MessageError, match="a BOOL is a byte of 0 or 1"):
+        _binary({"inputs": [_said("BOOL", [1], 1)]}, b"\x02", model=_model(("x", "bool", (0,))))
+
+
+@given(st.binary(max_size=80), st.integers(0, 100))
+def test_any_bytes_and_any_length_of_head_are_refused_in_one_line(raw: bytes, length: int) -> None:
+    with pytest.raises(MessageError) as caught:
+        _binary(raw, length=length)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=50)
+@given(JSON, JSON, JSON, st.binary(max_size=16))
+def test_any_head_before_any_bytes_is_taken_or_refused_and_nothing_else(
+    size: Any, parameters: Any, output: Any, rest: bytes
+) -> None:
+    head = {"inputs": [_said("FP32", [1, 2], size)], "parameters": parameters, "outputs": [output]}
+    try:
+        _binary(head, rest)
+    except InputError:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("parameters", "policy"),
+    [
+        ({}, "referee"), ({"assurance": "verified"}, "referee"), ({"assurance": "unverified"}, "single"),
+        ({"assurance": "verified", "policy": "full"}, "full"), ({"assurance": "verified", "policy": "single"}, None),
+        ({"assurance": "certain"}, None), ({"assurance": 1}, None), ({"assurance": "unverified", "policy": "full"}, "full"),
+    ],
+)  # fmt: skip
+def test_assurance_chooses_a_policy_and_never_less_than_it_says(parameters: dict[str, Any], policy: str | None) -> None:
+    body = {"inputs": [GOOD], "parameters": parameters}
+    if policy is None:
+        with pytest.raises(MessageError, match=r"assurance"):
+            _take(body)
+    else:
+        assert _take(body).policy == policy
 
 
 def _state() -> State:
