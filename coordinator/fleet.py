@@ -25,6 +25,7 @@ from coordinator.route import Eligible
 SUSPICION_S = 60.0
 LATENCIES_KEPT = 256
 EVIDENCE_A_MINUTE = 10
+WARNINGS_A_MINUTE = 20
 # Each task in a row that an agent left unanswered counts as so many in hand: silence lowers the load given, no more.
 SILENCE_WEIGHT = 8
 SILENCE_MAX = 32
@@ -63,6 +64,7 @@ class Presence:
     silent: int = 0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=32))
     kept: deque[float] = field(default_factory=lambda: deque(maxlen=EVIDENCE_A_MINUTE))
+    warned: deque[float] = field(default_factory=lambda: deque(maxlen=WARNINGS_A_MINUTE))
 
     def take(self, status: Status) -> bool:
         """Fold a status in by its author's sequence; False for one that is out of date.
@@ -77,6 +79,13 @@ class Presence:
             self.earlier = self.latest
         self.latest = max(self.latest, status.seq)
         self.online, self.status = status.state == "online", status
+        return True
+
+    def may_warn(self, now: float) -> bool:
+        """Whether one more refusal of this agent's is worth a warning: one that floods us must not fill the log."""
+        if len(self.warned) == WARNINGS_A_MINUTE and now - self.warned[0] < 60:
+            return False
+        self.warned.append(now)
         return True
 
     def may_keep(self, now: float) -> bool:

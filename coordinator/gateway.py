@@ -48,7 +48,7 @@ from coordinator.gate import Gate
 from coordinator.intake import take_in
 from coordinator.jobs import Answered, Job, Request
 from coordinator.journal import Journal
-from coordinator.receive import open_from, signed_by
+from coordinator.receive import open_from
 from coordinator.recover import Recovery
 from coordinator.referee import Referee
 from coordinator.share import Sharer
@@ -236,8 +236,7 @@ class Gateway:
     async def receipt(self, identity: bytes, kind: str) -> bytes:
         """The receipt of a verdict ("task") or an answer ("request"), with every validator's cosignature to be had.
 
-        Raises UnknownError where nothing of that id is on the ledger or on its way there, UnavailableError when no
-        validator gives one, naming what each said.
+        Raises UnknownError for an id that is not on the ledger, UnavailableError when no validator gives one now.
         """
         receipts: list[str] = []
         reasons: list[BmoeError] = []
@@ -251,9 +250,8 @@ class Gateway:
                 continue
             question = {kind: identity.hex(), "size": parse_proof(receipts[0]).checkpoint.size}
         if not receipts:
-            unknown = not coming and any(isinstance(error, UnknownError) for error in reasons)
-            kind_of_error = UnknownError if unknown else UnavailableError
-            raise kind_of_error(f"no receipt for {identity.hex()}: {'; '.join(map(str, reasons))}")
+            line = f"no receipt for {identity.hex()}: {'; '.join(map(str, reasons))}"
+            raise (UnavailableError if coming or UnknownError not in map(type, reasons) else UnknownError)(line)
         merged = receipts[0]
         for receipt in receipts[1:]:
             try:
@@ -357,9 +355,7 @@ class Gateway:
         try:
             self._on_sealed(device, open_from(self.state, topic, payload, kind))
         except BmoeError as error:
-            signed = signed_by(self.state, device, payload, kind)
-            evidence = self.decider.late.keep_evidence(device, payload) if signed else ""
-            log.warning("message_refused", agent=device, topic=topic, error=str(error), evidence=evidence)
+            self.decider.late.refuse_message(device, topic, payload, kind, error)
 
     def _on_sealed(self, device: str, sealed: Any) -> None:
         header, presence = sealed.header, self.fleet.of(device)

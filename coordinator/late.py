@@ -17,11 +17,12 @@ from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.protocol.envelope import split_envelope
+from bmoe.protocol.errors import BmoeError
 from bmoe.protocol.figures import Seconds
-from bmoe.protocol.messages import Output, Release, Sealed
+from bmoe.protocol.messages import Header, Output, Release, Sealed
 from coordinator.commit import Committer
 from coordinator.fleet import Fleet
-from coordinator.receive import receive_output
+from coordinator.receive import receive_output, signed_by
 
 log = structlog.get_logger("decide")
 CLOSED_KEPT = 4096
@@ -122,7 +123,20 @@ class Latecomers:
         agent = sealed.header.author
         self._tally.refused_outputs += 1
         evidence = self.keep_evidence(agent, sealed.message())
-        log.warning("output_refused", agent=agent, task=sealed.header.task.hex(), reason=reason, evidence=evidence)
+        facts = {"agent": agent, "task": sealed.header.task.hex(), "reason": reason, "evidence": evidence}
+        if self._fleet.of(agent).may_warn(time.monotonic()):
+            log.warning("output_refused", **facts)
+        else:
+            log.debug("output_refused", **facts)
+
+    def refuse_message(self, device: str, topic: str, payload: bytes, kind: type[Header], error: BmoeError) -> None:
+        """As `refuse`, for bytes that are no message of this device's; evidence where it had signed them all the same."""
+        evidence = self.keep_evidence(device, payload) if signed_by(self._state, device, payload, kind) else ""
+        facts = {"agent": device, "topic": topic, "error": str(error), "evidence": evidence}
+        if self._fleet.of(device).may_warn(time.monotonic()):
+            log.warning("message_refused", **facts)
+        else:
+            log.debug("message_refused", **facts)
 
     def keep_evidence(self, agent: str, message: bytes) -> str:
         """Keep a message that an agent signed, at most a few a minute for each; its SHA-256 in hex, or empty.

@@ -55,3 +55,8 @@ def test_hostile_bytes_meet_one_error_or_are_spelled_again_the_same(
     target.strike(noise)
     for number in numbers:
         target.strike(target.hostile(number))
+
+
+def test_every_decoder_stands_in_the_documentation() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "hostile_input.md").read_text()
+    assert [name for name in NAMES if f"| `{name}` |" not in text] == []

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ledger_fixtures import TOY, Fleet, Kind, OpenTask, Signed, inputs_for, toy
-from rules_helpers import agreed, founded, kinds, openings, referee_decides, refused, refute, resigned
+from rules_helpers import agreed, founded, kinds, one_rejected, openings, referee_decides, refused, refute, resigned
 
 from bmoe.ledger.rules.entries import BY_REFEREE, Opened, Revocation
 from bmoe.ledger.rules.state import AHEAD_MAX_MS, AS_OF_SLACK
@@ -227,3 +227,15 @@ def test_coordinator_refuted_as_referee_may_judge_but_referee_no_more(fleet: Fle
     refused(fleet, "coordinator", verdict, "was refuted and can be no referee", attached=openings([*outputs, own]))
     other = fleet.output("validator-1", later)
     assert "verdict" in kinds(referee_decides(fleet, ["agent-1"], task=later, referee=other)[2])
+
+
+def test_a_ledger_full_of_open_tasks_takes_no_more_until_one_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmoe.ledger.rules.verdicts.OPEN_MAX", 2)
+    fleet = founded()
+    task = fleet.open_task()
+    fleet.open_task()
+    one_rejected(
+        fleet.enter("coordinator", fleet.opened(inputs_for(1))[1]), "coordinator", "2 tasks are open, the limit"
+    )
+    fleet.decide(task, [fleet.output(a, task) for a in ("agent-1", "agent-2", "agent-3")])
+    assert kinds(fleet.enter("coordinator", fleet.opened(inputs_for(1))[1])) == ["opened"]
