@@ -21,9 +21,9 @@ WILD := magika==1.0.3 rapidocr-onnxruntime==1.4.4 silero-vad==5.1.2
 MOSQUITTO := .mosquitto
 MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt2 libwrap0
 
-PROMETHEUS := .prometheus
+TEST_TOOLS := .test-tools
 
-.PHONY: help mosquitto test-mosquitto prometheus data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
+.PHONY: help mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -32,7 +32,7 @@ help:
 	@echo "make robustness    how many liars each policy bears, on Fashion-MNIST (make data fetches it)"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
-	@echo "make prometheus    fetch promtool, with which a test checks the alert rules (Debian, no root)"
+	@echo "make test-tools    fetch promtool and libfaketime for the tests of alerts and clocks (Debian, no root)"
 	@echo "make test-mosquitto  the tests of whole fleets once more, with Mosquitto as broker"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
@@ -68,13 +68,14 @@ $(MOSQUITTO)/.ready: Makefile
 
 mosquitto: $(MOSQUITTO)/.ready
 
-$(PROMETHEUS)/.ready: Makefile
-	rm -rf $(PROMETHEUS)
-	mkdir -p $(PROMETHEUS)
-	cd $(PROMETHEUS) && timeout 120 apt-get download prometheus && dpkg-deb -x prometheus*.deb . && rm prometheus*.deb
+$(TEST_TOOLS)/.ready: Makefile
+	rm -rf $(TEST_TOOLS)
+	mkdir -p $(TEST_TOOLS)
+	cd $(TEST_TOOLS) && timeout 120 apt-get download prometheus libfaketime
+	cd $(TEST_TOOLS) && for package in *.deb; do dpkg-deb -x "$$package" . && rm "$$package"; done
 	@touch $@
 
-prometheus: $(PROMETHEUS)/.ready
+test-tools: $(TEST_TOOLS)/.ready
 
 # Fashion-MNIST as Debian packs it: needed to train `fashion` and to measure on it, by neither demo nor test.
 .data/.ready:
@@ -111,7 +112,7 @@ bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
 
 test: $(VENV)/.ready
-	-@$(MAKE) --no-print-directory mosquitto prometheus
+	-@$(MAKE) --no-print-directory mosquitto test-tools
 	$(BIN)/python -m pytest tests/unit tests/integration
 
 # Real processes on a shared machine can miss a deadline once; what fails twice is broken.
@@ -122,7 +123,7 @@ test-unit: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/unit
 
 test-integration: $(VENV)/.ready
-	-@$(MAKE) --no-print-directory mosquitto prometheus
+	-@$(MAKE) --no-print-directory mosquitto test-tools
 	$(BIN)/python -m pytest tests/integration
 
 # What the agents' broker carries, on the other broker. Tests of NATS itself say so and are skipped.
@@ -154,4 +155,4 @@ check: lint test
 check-all: lint test test-train test-wheel soak
 
 clean:
-	rm -rf $(VENV) $(VENV_TRAIN) $(VENV_FUZZ) $(MOSQUITTO) $(PROMETHEUS) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_TRAIN) $(VENV_FUZZ) $(MOSQUITTO) $(TEST_TOOLS) build dist *.egg-info

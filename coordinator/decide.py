@@ -23,7 +23,7 @@ from coordinator.collect import Collection, Do, Received
 from coordinator.commit import Committer
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
-from coordinator.jobs import Accepted, Job
+from coordinator.jobs import Accepted, Job, ledger_ms
 from coordinator.late import Done, Latecomers, Tally
 from coordinator.logs import Seldom
 from coordinator.receive import outputs_max, receive_output
@@ -105,6 +105,10 @@ class Decider:
     def start(self, job: Job, only: str | None = None) -> None:
         """Run a job in the background; `only` names the one agent to ask (diagnosis)."""
         self._spawn(self._run(job, only))
+
+    def ledger_ms(self) -> int:
+        """The time that a new task's id must bear."""
+        return ledger_ms(self._state)
 
     @property
     def running(self) -> int:

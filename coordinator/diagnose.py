@@ -42,4 +42,4 @@ class Diagnosis:
                 self._recent.rotate(-1)
                 call = Call("diagnosis", old.expert, "diagnosis", old.inputs, old.binding.rows)
                 call.done.add_done_callback(lambda f: f.cancelled() or f.exception())
-                self._decider.start(make_job((call,)), only=eligible.agent)
+                self._decider.start(make_job((call,), self._decider.ledger_ms()), only=eligible.agent)

@@ -35,6 +35,7 @@ from coordinator.access import Access
 from coordinator.answer import Answerer
 from coordinator.cache import Cache
 from coordinator.catalogue import Catalogue
+from coordinator.clocks import Clocks
 from coordinator.commit import Committer, answer_rows_max
 from coordinator.config import GatewaySettings
 from coordinator.counts import RequestCounts, counted
@@ -46,7 +47,7 @@ from coordinator.finality import Finality
 from coordinator.fleet import Fleet
 from coordinator.gate import Gate
 from coordinator.intake import take_in
-from coordinator.jobs import Answered, Job, Request
+from coordinator.jobs import Answered, Job, Request, ledger_ms
 from coordinator.journal import Journal
 from coordinator.receive import open_from
 from coordinator.recover import Recovery
@@ -96,6 +97,7 @@ class Gateway:
         self.finality = Finality(self.state)
         self.catalogue = Catalogue(self.state)
         self.counts = RequestCounts(self.catalogue.names)
+        self.clocks = Clocks(log.warning)
         written = (layout.root, layout.signing_key.parent, layout.evidence.parent, layout.ledger)
         self.disks = Disks(written, settings.disk_reserve_mb, log.warning)
         self.fleet = Fleet(self.state, layout.fleet)
@@ -112,7 +114,7 @@ class Gateway:
         self.journal = Journal(layout.journal)
         reader = EvidenceReader(layout.evidence)
         self.recovery = Recovery(self.journal, self.state, self.catalogue, reader)
-        self.author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch)
+        self.author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch, self._ledger_ms)
         self.author.on_overtaken = self._die
         self.follower = Follower(
             self._stream, self.state, recompute=False, on_applied=self._on_applied, own=self.author.wrote
@@ -156,7 +158,7 @@ class Gateway:
             self._spawn,
         )
         self._diagnosis = Diagnosis(self.fleet, self.decider)
-        sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows)
+        sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows, self._ledger_ms)
         gate = Gate(self._gate_runner, self.layout.blobs)
         self.answerer = Answerer(
             gate,
@@ -228,6 +230,9 @@ class Gateway:
             yield
         finally:
             self.in_work -= 1
+
+    def _ledger_ms(self) -> int:
+        return ledger_ms(self.state)
 
     def _start_job(self, job: Job) -> None:
         self._diagnosis.remember(job)
@@ -369,6 +374,7 @@ class Gateway:
                 log.info("agent_status", agent=device, state=header.state)
         else:
             presence.health = header
+            self.clocks.heard(device, header.time_ms, time.time_ns() // 1_000_000)
 
     def _on_up(self) -> None:
         log.info("link_up")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from bmoe.ledger.rules.commitments import SALT_BYTES
 from bmoe.ledger.rules.outputs import Binding
+from bmoe.ledger.rules.state import State
 from bmoe.protocol.messages import ModelRelease, Release
 from bmoe.protocol.tensors import Tensor
 
@@ -125,9 +126,14 @@ class Job:
         return self.calls[0].tenant
 
 
-def new_task_id() -> bytes:
+def new_task_id(now_ms: int) -> bytes:
     """16 bytes: 6 of time in ms, so that no id is ever opened twice, and 10 of randomness."""
-    return (time.time_ns() // 1_000_000).to_bytes(6, "big") + os.urandom(10)
+    return now_ms.to_bytes(6, "big") + os.urandom(10)
+
+
+def ledger_ms(state: State) -> int:
+    """Our clock in ms, but never behind the ledger's time, which does not go back where a wrong clock was put right."""
+    return max(time.time_ns() // 1_000_000, state.time_ms)
 
 
 class Counter:

@@ -182,6 +182,9 @@ METRICS: tuple[Metric, ...] = (
         lambda r: r.health("refused", 14)),
     Metric("bmoe_agent_unreported", "gauge", ("agent",), "Signed outputs that the broker has not acknowledged.",
         lambda r: r.health("unreported", 15)),
+    Metric("bmoe_agent_clock_skew_seconds", "gauge", ("agent",), "How far the board's clock is ahead of the gateway's.",
+        lambda r: (((name,), r.gateway.clocks.skews[name]) for name, p in r.agents
+            if p.online and name in r.gateway.clocks.skews)),
     Metric("bmoe_agent_cpu_ratio", "gauge", ("agent",), "CPU use of the board, 0 to 1.",
         lambda r: r.health("cpu_percent", 8, 0.01)),
     Metric("bmoe_agent_temperature_celsius", "gauge", ("agent",), "Temperature of the board.",

@@ -54,14 +54,15 @@ class Sharer:
     A call waits while a job of its kind is under way, `window_s` at most: a slow agent holds up nobody for longer.
     """
 
-    def __init__(self, start: Callable[[Job], None], window_s: float, rows_max: int) -> None:
+    def __init__(self, start: Callable[[Job], None], window_s: float, rows_max: int, clock: Callable[[], int]) -> None:
+        self._clock = clock
         self._start, self._window_s, self._rows_max = start, window_s, rows_max
         self._queues: dict[Key, _Queue] = {}
 
     def add(self, call: Call) -> None:
         """Put a call into its queue; its job starts in this turn of the event loop or later."""
         if not call.expert.batch:
-            self._start(make_job((call,)))
+            self._start(make_job((call,), self._clock()))
             return
         key = (call.tenant, call.expert.digest, call.policy, tuple(t.dims[1:] for t in call.tensors))
         queue = self._queues.setdefault(key, _Queue())
@@ -87,7 +88,7 @@ class Sharer:
         if calls:
             queue.running += 1
             calls[-1].done.add_done_callback(lambda _: self._returned(key))
-            self._start(make_job(calls))
+            self._start(make_job(calls, self._clock()))
         self._follow(key, queue)
 
     def _returned(self, key: Key) -> None:
@@ -106,13 +107,13 @@ class Sharer:
             self._queues.pop(key, None)
 
 
-def make_job(calls: tuple[Call, ...], policy: str | None = None) -> Job:
-    """One job over the calls' rows, in order, with its input commitment."""
+def make_job(calls: tuple[Call, ...], now_ms: int, policy: str | None = None) -> Job:
+    """One job over the calls' rows, in order, with its input commitment. `now_ms` is the ledger's time or later."""
     expert = calls[0].expert
     inputs: tuple[Tensor, ...] = calls[0].tensors
     if len(calls) > 1:
         inputs = tuple(join_rows([c.tensors[i] for c in calls]) for i in range(len(inputs)))
     rows = sum(c.rows for c in calls)
     salt = os.urandom(SALT_BYTES)
-    binding = Binding(new_task_id(), expert.digest, commit_rows("", salt, inputs, rows), rows)
+    binding = Binding(new_task_id(now_ms), expert.digest, commit_rows("", salt, inputs, rows), rows)
     return Job(binding, expert.model, expert, policy or calls[0].policy, inputs, salt, calls, time.monotonic())

@@ -9,6 +9,9 @@ from pathlib import Path
 from bmoe.ledger.rules.trust import Trust, parse_trust
 from bmoe.protocol.errors import ConfigError
 
+# 0 was never released: verdicts without a tenant.
+STATE_FORMAT = 1
+
 
 @dataclass(frozen=True)
 class StateLayout:

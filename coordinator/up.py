@@ -24,6 +24,7 @@ from bmoe.protocol.errors import ConfigError
 from bmoe.protocol.figures import hand_on
 from bmoe.protocol.files import write_durably
 from bmoe.protocol.keys import Signer
+from bmoe.protocol.state_format import check_format
 from coordinator.cli.admin import ADMIN
 from coordinator.config import GatewaySettings
 from coordinator.disk import Disks
@@ -39,7 +40,7 @@ from coordinator.identity.infrastructure import GUARD, SERVER, Identity, prepare
 from coordinator.logs import set_up_logs
 from coordinator.models.publish import model_folder, publish
 from coordinator.process_figures import ProcessFigures
-from coordinator.state_layout import StateLayout
+from coordinator.state_layout import STATE_FORMAT, StateLayout
 
 log = structlog.get_logger("up")
 VALIDATORS = ("validator-1",)
@@ -91,6 +92,7 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
         _beside(disks.watch()),
         _beside(engines.mend(settings.disk_reserve_mb)),
     ):
+        check_format(layout.root, STATE_FORMAT, layout.trust, unmarked=0)
         identity = prepare_identity(
             settings.state, VALIDATORS, (settings.host, settings.api_host, *settings.public_hosts)
         )

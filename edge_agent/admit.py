@@ -29,6 +29,9 @@ from bmoe.protocol.messages import MAX_TENSORS, Header, Member, Release, Sealed,
 from bmoe.protocol.tensors import Tensor
 from edge_agent.outbox import AHEAD_MS
 
+# No message is under way for so long: what is later than this is a clock's doing.
+SKEW_MS = 60_000
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -137,9 +140,12 @@ def admit(data: bytes, rules: Rules, load: Callable[[bytes, int], Load], now_ms:
     # 6 What is not after the floor may have been answered and forgotten: a second answer would be perjury.
     late_ms = now_ms - task.deadline_ms
     if late_ms > rules.clock_tolerance_ms or task.deadline_ms <= now.floor_ms:
-        return Refused(task.task, "expired", f"the deadline passed {max(late_ms, 0)} ms ago")
+        return Refused(task.task, "expired", _expired(max(late_ms, 0), task.timeout_ms))
     if -late_ms > AHEAD_MS + rules.clock_tolerance_ms:
-        return Refused(task.task, "bad-input", f"the deadline is {-late_ms // 1000} s ahead of this board's clock")
+        ahead_s = -late_ms // 1000
+        return Refused(
+            task.task, "bad-input", f"the deadline is {ahead_s} s ahead of this board's clock: set the clock"
+        )
     # 7
     if not now.room:
         return Refused(task.task, "busy", "the queue is full")
@@ -188,6 +194,14 @@ def check_specs(tensors: Sequence[Tensor], specs: Sequence[Any], rows: int, batc
             raise MessageError(
                 f"expected {name!r} {dtype}{list(dims)}, found {tensor.name!r} {tensor.dtype}{list(tensor.dims)}"
             )
+
+
+def _expired(late_ms: int, timeout_ms: int) -> str:
+    text = f"the deadline passed {late_ms} ms ago"
+    if late_ms <= SKEW_MS:
+        return text
+    skew_s = (late_ms + timeout_ms) // 1000
+    return f"{text}: this board's clock is about {skew_s} s ahead of the coordinator's, set the clock"
 
 
 def _short(error: Exception) -> str:

@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.state_format import check_format
 from edge_agent import logs
 from edge_agent.agent import Agent, Steps
 from edge_agent.config import AgentSettings
-from edge_agent.identity import load_identity
+from edge_agent.identity import identity_file, load_identity
+
+STATE_FORMAT = 1
 
 
 async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noqa: B008
@@ -21,6 +24,7 @@ async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noq
     logs.set_up(settings.log_level)
     identity = load_identity(settings.state)
     with only_one(settings.state):
+        check_format(settings.state, STATE_FORMAT, identity_file(settings.state), unmarked=STATE_FORMAT)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -194,11 +194,11 @@ def test_every_alert_says_what_is_wrong_and_what_to_do() -> None:
 
 
 def promtool() -> str | None:
-    fetched = ROOT / ".prometheus" / "usr" / "bin" / "promtool"
+    fetched = ROOT / ".test-tools" / "usr" / "bin" / "promtool"
     return str(fetched) if fetched.exists() else shutil.which("promtool")
 
 
-@pytest.mark.skipif(promtool() is None, reason="no promtool: `make prometheus` fetches it")
+@pytest.mark.skipif(promtool() is None, reason="no promtool: `make test-tools` fetches it")
 def test_prometheus_itself_takes_the_rules_and_fires_them(tmp_path: Path) -> None:
     story = tmp_path / "story.yml"
     story.write_text(

@@ -38,7 +38,7 @@ class Desk:
 
     def __init__(self, window_s: float = NEVER) -> None:
         self.jobs: list[Job] = []
-        self.sharer = Sharer(self._start, window_s, ROWS_MAX)
+        self.sharer = Sharer(self._start, window_s, ROWS_MAX, lambda: 1_800_000_000_123)
         self.started: asyncio.Queue[Job] = asyncio.Queue()
 
     def _start(self, job: Job) -> None:
@@ -147,9 +147,9 @@ async def test_an_expert_without_a_batch_axis_is_never_shared() -> None:
 
 
 async def test_two_jobs_never_share_salt_or_id() -> None:
-    jobs = [make_job((_call(1),)) for _ in range(50)]
+    jobs = [make_job((_call(1),), 1_800_000_000_123) for _ in range(50)]
     assert len({j.salt for j in jobs}) == len({j.task for j in jobs}) == len({j.binding.input_root for j in jobs}) == 50
-    assert make_job((_call(1),), "diagnosis").policy == "diagnosis"
+    assert make_job((_call(1),), 1, "diagnosis").policy == "diagnosis"
 
 
 async def test_a_call_is_told_the_value_and_its_first_row() -> None:
@@ -160,7 +160,7 @@ async def test_a_call_is_told_the_value_and_its_first_row() -> None:
 
 def test_ids_begin_with_their_time_and_sequences_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("time.time_ns", lambda: 1_800_000_000_123_456_789)
-    assert int.from_bytes(new_task_id()[:6], "big") == 1_800_000_000_123 and len(new_task_id()) == 16
+    assert int.from_bytes(new_task_id(1_800_000_000_123)[:6], "big") == 1_800_000_000_123 and len(new_task_id(1)) == 16
     counter = Counter()
     assert [counter.next() for _ in range(3)] == [1_800_000_000_123_456 + i for i in range(3)]
     monkeypatch.setattr("time.time_ns", lambda: 5)
