@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from bmoe.storage.evidence import EvidenceStore
 from bmoe.storage.manifest import Expert, Model, TensorSpec, render_manifest
 from edge_agent.join import join
 from edge_agent.join_token import parse_token
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+import onnx_models
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -83,14 +87,14 @@ def make_model(blob: bytes, version: int = 1) -> Model:
     tensor = TensorSpec("x", "float32", (None, 4))
     expert = Expert(
         "only", "only.onnx", hashlib.sha256(blob).hexdigest(), len(blob), 17, 16, True, (tensor,),
-        (TensorSpec("y", "float32", (None, 3), 1e-5),),
+        (TensorSpec("y", "float32", (None, 4), 1e-5),),
     )  # fmt: skip
     return Model(1, "toy", version, "Apache-2.0", "", 1, "weighted_sum", (), None, (expert,))
 
 
 async def test_model_is_published_once_and_its_release_is_signed(site: Site, tmp_path: Path) -> None:
     board = await site.board("pi-model", tmp_path)
-    blob = os.urandom(1000)
+    blob = onnx_models.echo(onnx_models.FLOAT, ("N", 4))
     manifest = render_manifest(make_model(blob))
     digest = hashlib.sha256(blob).hexdigest()
     path = "/v1/admin/releases?owner=acme"
