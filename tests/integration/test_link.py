@@ -241,7 +241,7 @@ async def test_a_broker_that_stops_answering_is_given_up(broker: Broker, peers: 
     assert broker.process is not None
     broker.process.send_signal(19)
     stat = Path(f"/proc/{broker.process.pid}/stat")
-    while stat.read_text().rpartition(")")[2].split()[0] != "T":  # a signal takes its time, and tells nobody
+    while stat.read_text().rpartition(")")[2].split()[0] != "T":  # noqa: ASYNC110 (a signal tells nobody when it has arrived)
         await asyncio.sleep(0.01)
     unanswered = one.link.publish("bmoe/v1/one/output", b"x", qos=1)
     with pytest.raises(UnavailableError, match=r"does not answer|acknowledged nothing"):
