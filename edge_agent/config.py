@@ -56,6 +56,7 @@ class AgentSettings(BaseSettings):
     source_file_bytes: int = Field(8 * MIB, ge=1, description="Largest file that is taken from a watched folder.")
     source_queue_count: int = Field(4096, ge=1, description="Local answers kept on disk to be verified.")
     source_queue_bytes: int = Field(64 * MIB, ge=1024, description="Bytes of the local answers kept.")
+    log_format: str = Field("text", pattern="^(text|json)$", description="Form of the log: text, or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severity logged.")
 
     @classmethod

@@ -21,7 +21,7 @@ STATE_FORMAT = 1
 
 async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noqa: B008
     """Run an agent until a signal; raises ConfigError when this device has not joined or another process serves it."""
-    logs.set_up(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
     identity = load_identity(settings.state)
     with only_one(settings.state):
         check_format(settings.state, STATE_FORMAT, identity_file(settings.state), unmarked=STATE_FORMAT)

@@ -28,7 +28,7 @@ async def serve_source(settings: AgentSettings, model: str, source: Source, para
 
     Raises ConfigError when this device has not joined or another process serves a source of it.
     """
-    logs.set_up(settings.log_level)
+    logs.set_up(settings.log_level, settings.log_format)
     identity = load_identity(settings.state)
     with only_one(settings.state, "source.lock", "bmoe-agent source"):
         work = asyncio.ensure_future(_serve(settings, identity, model, source, parameters))

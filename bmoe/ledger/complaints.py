@@ -93,6 +93,10 @@ class Complaints:
         except asyncio.TimeoutError:
             log.warning("complaint without verdict agent=%s task=%s", agent, task.hex())
             return
+        if self._state.closed[task].outcome == "abandoned":
+            # There is no value to compare with: whoever answered did right, and so did the verdict.
+            log.info("complaint settled, its task was abandoned agent=%s task=%s", agent, task.hex())
+            return
         self._checks.queue(Job(task, "complaint", message))
 
 
