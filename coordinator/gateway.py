@@ -256,7 +256,9 @@ class Gateway:
             question = {kind: identity.hex(), "size": parse_proof(receipts[0]).checkpoint.size}
         if not receipts:
             line = f"no receipt for {identity.hex()}: {'; '.join(map(str, reasons))}"
-            raise (UnavailableError if coming or UnknownError not in map(type, reasons) else UnknownError)(line)
+            if coming or UnknownError not in map(type, reasons):
+                raise UnavailableError(line)
+            raise UnknownError(line)
         merged = receipts[0]
         for receipt in receipts[1:]:
             try:
