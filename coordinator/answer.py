@@ -88,6 +88,7 @@ class Answerer:
         try:
             # Nothing is dispatched before the request is on disk; the gate runs meanwhile.
             known = _nothing() if again else self._journal.accepted(request)
+            generation = self._cache.generation
             key = key_of(request) if request.model.statement.cacheable else b""
             found = self._cache.get(key, began) if key else None
             if found is not None:
@@ -105,7 +106,7 @@ class Answerer:
         entering = await self._committer.answer(request, combined.choices, combined.tasks, result)
         self._watch(request, ids, entering)
         if key and found is None:
-            entering.add_done_callback(lambda done: self._remember(key, combined, done))
+            entering.add_done_callback(lambda done: self._remember(key, combined, generation, done))
         self.count.decided += 1
         self.count.rows += request.rows
         answered = Answered(request, result, ids, request.wait, promise)
@@ -123,10 +124,10 @@ class Answerer:
         tensors = combine(model.statement.combine, choices, [a.tensors for a in tasks], model.batch)
         return Combined(choices, tuple(tasks), tensors)
 
-    def _remember(self, key: bytes, combined: Combined, entered: asyncio.Future[int]) -> None:
+    def _remember(self, key: bytes, combined: Combined, generation: int, entered: asyncio.Future[int]) -> None:
         """Keep a value once its answer stands on the ledger, and so its verdicts."""
         if not entered.cancelled() and entered.exception() is None:
-            self._cache.put(key, combined, time.monotonic())
+            self._cache.put(key, combined, time.monotonic(), generation)
 
     async def _gather(self, request: Request, routing: Routing) -> tuple[Choices, list[Accepted]]:
         """Send each activated expert its rows; where each choice's value is to be found."""

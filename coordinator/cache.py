@@ -55,7 +55,7 @@ class Cache:
         self._entries, self._limit = entries, size
         self._held: OrderedDict[bytes, tuple[float, Combined]] = OrderedDict()
         self._size = 0
-        self.hits = 0
+        self.hits, self.generation = 0, 0
 
     def get(self, key: bytes, now: float) -> Combined | None:
         """A result that is not too old."""
@@ -68,9 +68,12 @@ class Cache:
         self.hits += 1
         return found[1]
 
-    def put(self, key: bytes, combined: Combined, now: float) -> None:
-        """Keep a result whose verdicts stand on the ledger; the oldest make room."""
-        if key in self._held:
+    def put(self, key: bytes, combined: Combined, now: float, generation: int = 0) -> None:
+        """Keep a result whose verdicts stand on the ledger; the oldest make room.
+
+        `generation` is the cache's when the work began: what was under way when all was forgotten is not kept either.
+        """
+        if key in self._held or generation != self.generation:
             return
         self._held[key] = (now, combined)
         self._size += combined.size
@@ -81,6 +84,7 @@ class Cache:
         """Forget all: somebody on whose word some of it may rest has been refuted."""
         self._held.clear()
         self._size = 0
+        self.generation += 1
 
     def _drop(self, key: bytes) -> None:
         _, combined = self._held.pop(key)

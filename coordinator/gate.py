@@ -20,8 +20,8 @@ from coordinator.jobs import Request, ServedModel
 GATE_TIMEOUT_S = 5.0
 ROWS_MAX = 256
 FLOATS = ("float16", "float32", "float64")
-# The gate's digest, top_k, and the dims behind axis 0: only rows of one shape can lie in one batch.
-Key = tuple[bytes, int, tuple[tuple[int, ...], ...]]
+# The model version by its manifest, its gate, and the dims behind axis 0: only rows alike can lie in one batch.
+Key = tuple[bytes, bytes, tuple[tuple[int, ...], ...]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Gate:
         return Routing(*choose(scores, model.statement.top_k))
 
     async def _shared(self, request: Request, gate: Release) -> Routing:
-        key = (gate.digest, request.model.statement.top_k, tuple(t.dims[1:] for t in request.tensors))
+        key = (request.model.statement.manifest, gate.digest, tuple(t.dims[1:] for t in request.tensors))
         lane = self._lanes.setdefault(key, _Lane())
         done: asyncio.Future[Routing] = asyncio.get_running_loop().create_future()
         lane.waiting.append((request, done))

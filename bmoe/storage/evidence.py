@@ -17,6 +17,8 @@ from bmoe.protocol.errors import ConfigError, UnavailableError
 
 RETENTION_MS = 20 * 60 * 1000
 SCHEMA_VERSION = 1
+# What is kept again, for another verdict or answer, is kept as long again.
+KEEP = "INSERT INTO evidence VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET kept_ms = excluded.kept_ms"
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS evidence (
     id BLOB PRIMARY KEY,
@@ -75,7 +77,7 @@ class EvidenceStore:
         now = time.time_ns() // 1_000_000
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("INSERT OR IGNORE INTO evidence VALUES (?, ?, ?)", [(i, now, d) for i, d in batch])
+            self._db.executemany(KEEP, [(i, now, d) for i, d in batch])
             if now - self._pruned_ms > 60_000:
                 self._prune(now)
             self._db.execute("COMMIT")

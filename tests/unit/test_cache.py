@@ -52,6 +52,8 @@ def test_a_result_serves_for_a_while_and_a_refutation_forgets_all() -> None:
     cache.put(b"a", combined(), 0.0)
     cache.clear()
     assert cache.get(b"a", 0.0) is None and cache.hits == 1
+    cache.put(b"a", combined(), 0.0, generation=0)
+    assert cache.get(b"a", 0.0) is None, "it was under way when all was forgotten"
 
 
 def test_number_and_bytes_are_bounded_the_oldest_make_room() -> None:

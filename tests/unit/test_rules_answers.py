@@ -172,8 +172,7 @@ def test_tasks_need_a_verdict_that_accepts_and_that_is_remembered(asked: Asked) 
     fleet = asked.fleet
     open_task = fleet.open_task(2)
     tasks = (open_task.task, asked.parts[1][0].task)
-    no_verdict = "has no accepting verdict"
-    refused(fleet, "coordinator", asked.bent(tasks=tasks), no_verdict, attached=asked.attached, fences=True)
+    refused(fleet, "coordinator", asked.bent(tasks=tasks), "has no verdict", attached=asked.attached)
 
 
 def test_undecided_task_gives_no_answer(asked: Asked) -> None:
@@ -188,7 +187,8 @@ def test_task_forgotten_gives_no_answer(asked: Asked) -> None:
     fleet = asked.fleet
     fleet.now_ms += TASK_WINDOW_MS + 1000
     fleet.tick("validator-1")
-    refused(fleet, "coordinator", asked.answer, "has no accepting verdict", attached=asked.attached, fences=True)
+    # A stall or a suspended machine can make an honest answer this late: it is refused, and its author goes on.
+    refused(fleet, "coordinator", asked.answer, "it is forgotten", attached=asked.attached)
 
 
 def test_task_named_twice_gives_no_answer(asked: Asked) -> None:

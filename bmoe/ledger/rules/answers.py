@@ -21,6 +21,10 @@ def answer(state: State, context: Context, entry: Answer) -> list[Event]:
         raise RefusedError(f"only a coordinator may enter this, not {entry.author}")
     if entry.request in state.answers:
         raise RefusedError(f"request {entry.request.hex()} has its answer already")
+    # Absence is no lie: a verdict may have been refused, or be too old to be answered from.
+    missing = [task.hex() for task in entry.tasks if task not in state.closed]
+    if missing:
+        raise RefusedError(f"answer to {entry.request.hex()}: task {missing[0]} has no verdict, or it is forgotten")
     if context.recompute:
         try:
             check_answer(state, context.attachments, entry)
