@@ -27,6 +27,7 @@ from bmoe.protocol.errors import (
     UnavailableError,
     UnknownError,
 )
+from bmoe.protocol.text import plain
 
 DATATYPES = {
     "bool": "BOOL", "uint8": "UINT8", "uint16": "UINT16", "uint32": "UINT32", "uint64": "UINT64", "int8": "INT8",
@@ -108,7 +109,7 @@ class Client:
     def ready(self) -> bool:
         """Whether the gateway can answer now; raises UnavailableError when nobody is there."""
         try:
-            return bool(self._json("GET", "/v2/health/ready")["ready"])
+            return bool(self._json("GET", "/v2/health/ready").get("ready"))
         except UnavailableError as error:
             if error.__cause__ is not None:  # nobody listens; a gateway that is not ready says so with a 503
                 raise
@@ -133,7 +134,7 @@ class Client:
 
     def fleet(self) -> list[dict[str, Any]]:
         """One row an agent: standing, presence, health."""
-        return self._json("GET", "/v1/fleet")["agents"]
+        return list(self._json("GET", "/v1/fleet").get("agents", ()))
 
     def statistics(self) -> dict[str, Any]:
         """The gateway's figures."""
@@ -162,7 +163,11 @@ class Client:
                 raise
             self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()
-        return response, response.read(REPLY_MAX)
+        reply = response.read(REPLY_MAX + 1)
+        if len(reply) > REPLY_MAX:
+            self._connection.close()
+            raise UnavailableError(f"the gateway's reply to {path} exceeds {REPLY_MAX} bytes")
+        return response, reply
 
     def _call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         return self._call_with_headers(method, path, body, {})[1]
@@ -188,7 +193,7 @@ def read_answer(reply: bytes, head_length: str | None = None) -> Answer:
     """
     try:
         head = len(reply) if head_length is None else int(head_length)
-        values, rest = _object(reply[:head], "an infer request"), reply[head:]
+        values, rest = _object(reply[:head], "an infer request"), memoryview(reply)[head:]
         given = values["parameters"]
         outputs = {}
         for output in values["outputs"]:
@@ -219,12 +224,12 @@ def _closed_while_idle(error: Exception) -> bool:
 
 def _error(response: http.client.HTTPResponse, reply: bytes) -> Exception:
     try:
-        message = str(json.loads(reply)["error"])
+        message = plain(json.loads(reply)["error"], 2000)
     except (ValueError, KeyError, TypeError, RecursionError):
         message = f"HTTP {response.status}"
     if response.status == 429:
         after = response.headers.get("Retry-After", "")
-        return QuotaError(message, float(after) if after.isdigit() else 1.0)
+        return QuotaError(message, float(after) if after.isascii() and after.isdigit() else 1.0)
     kind = ERRORS.get(response.status, InputError if response.status < 500 else UnavailableError)
     return kind(message)
 
@@ -243,9 +248,11 @@ def _bytes(array: np.ndarray) -> bytes:
     return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
 
 
-def _array(output: Mapping[str, Any], binary: bytes | None) -> np.ndarray:
+def _array(output: Mapping[str, Any], binary: memoryview | None) -> np.ndarray:
     dtype = np.dtype(_DTYPES[output["datatype"]])
     if binary is None:
+        if str in set(map(type, output["data"])):  # numpy would make a text of every number, as long as the longest
+            raise UnavailableError("the gateway's reply has text among its numbers: it is malformed")
         return np.array(output["data"], dtype=dtype).reshape(output["shape"])
     return np.frombuffer(binary, dtype.newbyteorder("<")).astype(dtype).reshape(output["shape"])
 

@@ -25,8 +25,8 @@ from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.protocol.messages import tensor_specs
-from bmoe.protocol.schema import plain
 from bmoe.protocol.tensors import Tensor
+from bmoe.protocol.text import plain
 from bmoe.storage.evidence import EvidenceStore
 from coordinator.collect import Collection
 from coordinator.jobs import Accepted, Job, Request, Result

@@ -16,6 +16,7 @@ from bmoe.ledger.rules.outputs import comparable, tolerances_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.state import State
+from bmoe.ledger.rules.verdicts import OPEN_MAX
 from bmoe.ledger.rules.voting import Candidate
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.messages import Output, Sealed
@@ -35,6 +36,8 @@ COORDINATOR = "coordinator"
 FIRST_HEDGE_S = 1.0  # while nobody knows yet how long an expert takes; boards may still have to fetch it
 HEDGED_SHARE = 0.1
 HEDGES_AT_ONCE = 20.0
+# The ledger's rules refuse to open more than OPEN_MAX; what we have read of it may be a little behind.
+TASKS_OPEN_MAX = OPEN_MAX // 2
 STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
 
 
@@ -104,7 +107,13 @@ class Decider:
 
     def start(self, job: Job, only: str | None = None) -> None:
         """Run a job in the background; `only` names the one agent to ask (diagnosis)."""
-        self._spawn(self._run(job, only))
+        in_work = max(len(self._running), len(self._state.open))
+        if in_work < TASKS_OPEN_MAX:
+            self._spawn(self._run(job, only))
+            return
+        for call in job.calls:
+            if not call.done.done():
+                call.done.set_exception(UnavailableError(f"{in_work} tasks are in work, the limit: try again"))
 
     def ledger_ms(self) -> int:
         """The time that a new task's id must bear."""
@@ -150,7 +159,9 @@ class Decider:
     def on_refusal(self, agent: str, task: bytes, reason: str, detail: str) -> None:
         """An agent will not answer: ask another."""
         running = self._running.get(task)
-        if running is None or agent not in running.collection.assigned or agent in running.collection.received:
+        if running is None or agent not in running.collection.assigned:
+            return
+        if agent in running.collection.received or agent in running.collection.refused:  # said before
             return
         if new := self._seldom.due((agent, reason), time.monotonic()):
             log.info("task_refused", agent=agent, task=task.hex(), reason=reason, detail=detail, new=new)

@@ -372,7 +372,7 @@ class Gateway:
         elif isinstance(header, Refusal):
             self.decider.on_refusal(device, header.task, header.reason, header.detail)
         elif isinstance(header, Status):
-            if presence.take(header):
+            if presence.take(header) and presence.may_warn(presence.seen):
                 log.info("agent_status", agent=device, state=header.state)
         else:
             presence.health = header

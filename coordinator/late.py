@@ -72,6 +72,7 @@ class Latecomers:
         self._state, self._fleet, self._committer, self._spawn = state, fleet, committer, spawn
         self._tally = tally
         self._done: OrderedDict[bytes, Done] = OrderedDict()
+        self._accused: set[str] = set()
 
     def remember(self, done: Done) -> None:
         """Keep a job that has its decision, for a while."""
@@ -111,12 +112,22 @@ class Latecomers:
             self._fleet.suspect(agent)
 
     def equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
-        log.warning("equivocation", agent=agent, task=task.hex())
+        if self._fleet.of(agent).may_warn(time.monotonic()):
+            log.warning("equivocation", agent=agent, task=task.hex())
         self._fleet.suspect(agent)
         if len(first) + len(second) > MAX_STATEMENT_BYTES:
             return  # no entry could hold them; neither counts for anything
-        if self._state.standing(agent) is not Standing.REVOKED:
-            self._spawn(_entered(self._committer.equivocation(first, second)))
+        # One proof is enough: a device that signs a thousand answers must not write a thousand entries.
+        if agent not in self._accused and self._state.standing(agent) is not Standing.REVOKED:
+            self._accused.add(agent)
+            self._spawn(self._accuse(agent, first, second))
+
+    async def _accuse(self, agent: str, first: bytes, second: bytes) -> None:
+        try:
+            await self._committer.equivocation(first, second)
+        except BaseException:
+            self._accused.discard(agent)
+            raise
 
     def refuse(self, sealed: Sealed[Output], reason: str) -> None:
         """Not counted, named in the log, and kept as signed evidence."""
@@ -150,7 +161,3 @@ class Latecomers:
         digest = hashlib.sha256(message).digest()
         self._spawn(self._committer.keep_evidence(digest, message))
         return digest.hex()
-
-
-async def _entered(entering: Awaitable[int]) -> None:
-    await entering

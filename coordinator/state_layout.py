@@ -93,7 +93,7 @@ class StateLayout:
             return str(json.loads(self.reach.read_bytes())[name])
         except (FileNotFoundError, KeyError):
             return "127.0.0.1"
-        except (ValueError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, TypeError, IndexError, RecursionError) as error:
             raise ConfigError(f"{self.reach} is damaged: bring the gateway up again to write it anew") from error
 
     def api_tls(self) -> bool:

@@ -59,6 +59,7 @@ LEDGER_LIMITS = (
 GATEWAY_LIMITS = (
     ("coordinator.gate", "GATE_TIMEOUT_S", "s that a gate may take"),
     ("coordinator.gateway", "FINAL_TIMEOUT_S", "s that a request with `wait=final` waits for the quorum"),
+    ("coordinator.decide", "TASKS_OPEN_MAX", "tasks in work; what would be more is answered with 503"),
     ("coordinator.gateway", "RECEIPT_TIMEOUT_S", "s that the gateway waits for a validator's receipt"),
     ("bmoe.ledger.receipts", "WAIT_MS", "ms that a validator waits until an entry is under a checkpoint"),
     ("coordinator.decide", "FIRST_HEDGE_S", "s before a silent task is sent on, while an expert's pace is unknown"),
@@ -67,6 +68,7 @@ GATEWAY_LIMITS = (
     ("coordinator.fleet", "SILENCE_MAX", "tasks in a row without an answer that count"),
     ("coordinator.fleet", "SUSPICION_S", "s for which the coordinator itself stops asking an agent"),
     ("coordinator.fleet", "EVIDENCE_A_MINUTE", "refused outputs of one agent kept as evidence each minute"),
+    ("coordinator.fleet", "WARNINGS_A_MINUTE", "warnings a minute on one agent; the rest are logged at `debug`"),
     ("coordinator.diagnose", "EVERY_S", "s between diagnosis tasks for an agent in quarantine"),
     ("bmoe.storage.evidence", "RETENTION_MS", "ms for which evidence is kept"),
     ("coordinator.journal", "PENDING_BYTES", "bytes of inputs that requests in work may hold in the journal"),

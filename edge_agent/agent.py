@@ -19,7 +19,7 @@ from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, InputError, ModelError, RefusedError
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Complaint, Notice, Refusal, open_message, seal_message
-from bmoe.protocol.schema import plain
+from bmoe.protocol.text import plain
 from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bmoe.protocol.errors import MessageError, RefusedError, UnavailableError
+from bmoe.protocol.text import plain
 
 TIMEOUT_S = 15.0
 REPLY_BYTES = 4 << 20
@@ -127,10 +128,11 @@ def _range_start(response: http.client.HTTPResponse, offset: int) -> int:
 def _refusal(response: http.client.HTTPResponse, path: str) -> Exception:
     body = _read(response, 4096, path)
     try:
-        text = str(json.loads(body)["error"])[:300]
+        text = str(json.loads(body)["error"])
     except (ValueError, KeyError, TypeError, RecursionError):
         text = response.reason
-    line = f"{path}: {' '.join(text.split())} ({response.status})"
+    # Shown on a terminal, and not always of a server that we know already.
+    line = f"{path}: {plain(' '.join(text.split()), 300)} ({response.status})"
     return RefusedError(line) if 400 <= response.status < 500 and response.status != 429 else UnavailableError(line)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
+
+from bmoe.protocol.oneline import set_up_plain_logs
 
 
 class Event(str):
@@ -56,12 +57,7 @@ def set_up(level: str, form: str = "text") -> None:
         return
     stamp = "" if "JOURNAL_STREAM" in os.environ else "time=%(asctime)s.%(msecs)03dZ "
     logging.Formatter.converter = staticmethod(_utc)
-    logging.basicConfig(
-        level=level.upper(),
-        stream=sys.stderr,
-        format=f"{stamp}level=%(levelname)s %(message)s",
-        datefmt="%Y-%m-%dT%H:%M:%S",
-    )
+    set_up_plain_logs(level.upper(), f"{stamp}level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
 
 
 def _utc(seconds: float | None = None) -> Any:

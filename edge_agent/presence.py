@@ -8,7 +8,7 @@ from collections.abc import Callable
 from bmoe import __version__
 from bmoe.protocol.link import Will
 from bmoe.protocol.messages import Health, Status, seal_message
-from bmoe.protocol.schema import plain
+from bmoe.protocol.text import plain
 from bmoe.protocol.topics import topic
 from edge_agent.config import AgentSettings
 from edge_agent.health import COUNTERS, Gauge, board

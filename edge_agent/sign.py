@@ -11,7 +11,7 @@ from bmoe.inference.runner import RunResult
 from bmoe.ledger.rules.commitments import SALT_BYTES, commit_rows
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Output, seal_message, tensor_specs
-from bmoe.protocol.schema import plain
+from bmoe.protocol.text import plain
 from edge_agent.admit import Admitted
 
 

@@ -25,6 +25,7 @@ from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerForkError, UnavailableError
 from bmoe.protocol.keys import Signer
+from bmoe.protocol.oneline import set_up_plain_logs
 
 log = logging.getLogger("bmoe.validator")
 
@@ -35,9 +36,7 @@ FAILED, BAD_SETTINGS, FORKED = 1, 2, 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a validator until a signal or an error ends it; the exit code."""
     arguments = _parser().parse_args(argv)
-    logging.basicConfig(
-        level=arguments.log_level, format="%(asctime)s level=%(levelname)s %(name)s %(message)s", stream=sys.stderr
-    )
+    set_up_plain_logs(arguments.log_level, "%(asctime)s level=%(levelname)s %(name)s %(message)s")
     try:
         uvloop.run(_run(_settings(arguments)))
     except LedgerForkError as error:

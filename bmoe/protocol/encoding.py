@@ -44,7 +44,8 @@ def decode(data: bytes, max_bytes: int = MAX_HEADER_BYTES) -> Any:
     except EncodingError:
         raise
     except (cbor2.CBORDecodeError, ValueError, OverflowError, TypeError, MemoryError) as error:
-        raise EncodingError(f"not well-formed CBOR: {error}") from error
+        # Without the library's own words: leaves of the ledger quote this, and each validator has its own version.
+        raise EncodingError(f"not well-formed CBOR of at most depth {MAX_DEPTH}") from error
     value = _checked(value)
     if encode(value) != data:
         raise EncodingError("not in deterministic form: re-encoding gives other bytes")

@@ -12,10 +12,10 @@ from typing import Any, ClassVar, TypeVar
 
 from bmoe.protocol.encoding import decode, encode
 from bmoe.protocol.errors import MessageError
+from bmoe.protocol.text import is_plain
 
 WIRE_VERSION = 1
 NAME_PATTERN = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?")
-_UNPLAIN = re.compile("[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufff9-\ufffb]")
 Check = Callable[[Any], bool]
 T = TypeVar("T", bound="Header")
 
@@ -44,19 +44,6 @@ def text(number: int, limit: int = 200) -> Any:
     """A text field of at most `limit` characters, none of which does anything to a terminal or a log."""
     expected = f"text of at most {limit} characters and no control characters"
     return key(number, lambda v: type(v) is str and len(v) <= limit and is_plain(v), expected)
-
-
-def is_plain(value: str) -> bool:
-    """Whether a text is free of control characters, line separators, bidirectional overrides and lone surrogates.
-
-    By a list of our own: what Python calls printable depends on its version, and every validator must say the same.
-    """
-    return (value.isascii() and value.isprintable()) or _UNPLAIN.search(value) is None
-
-
-def plain(value: object, limit: int = 200) -> str:
-    """A text that fits a text field: what may not stand in one is shown as '?', and the rest is cut off."""
-    return _UNPLAIN.sub("?", str(value))[:limit]
 
 
 def name(number: int) -> Any:
@@ -163,7 +150,7 @@ def header_type(values: Any) -> int:
     found = values.get(0) if type(values) is dict else type(values).__name__
     # `True == 1`, so the type is asked too: the version has one spelling like everything else.
     if type(found) is not int or found != WIRE_VERSION:
-        raise MessageError(f"wire version must be {WIRE_VERSION}, found {found!r}")
+        raise MessageError(f"wire version must be {WIRE_VERSION}, found {found!a}")
     kind = values.get(1)
     if type(kind) is not int:
         raise MessageError("the header names no message type")
@@ -196,5 +183,5 @@ def from_bytes(cls: type[T], data: bytes) -> T:
 
 
 def _short(value: Any) -> str:
-    shown = repr(value)
+    shown = ascii(value)  # not repr: what it escapes differs between versions of Python, and leaves quote this
     return shown if len(shown) <= 80 else shown[:77] + "..."

@@ -31,7 +31,7 @@ class Tensor:
         expected = tensor_bytes(self.dtype, self.dims)
         if len(self.data) != expected:
             raise MessageError(
-                f"tensor {self.name!r} of {self.dtype}{list(self.dims)} needs {expected} bytes, got {len(self.data)}"
+                f"tensor {self.name!a} of {self.dtype}{list(self.dims)} needs {expected} bytes, got {len(self.data)}"
             )
 
     def row(self, index: int) -> bytes:
@@ -43,7 +43,7 @@ class Tensor:
 def tensor_bytes(dtype: str, dims: Sequence[int]) -> int:
     """How many bytes a tensor holds; raises MessageError for an unknown dtype or dims out of 0..2^31-1."""
     if dtype not in ITEM_BYTES:
-        raise MessageError(f"dtype {dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+        raise MessageError(f"dtype {dtype!a} is not one of {', '.join(ITEM_BYTES)}")
     if len(dims) > MAX_DIMS:
         raise MessageError(f"a tensor has at most {MAX_DIMS} dims, got {len(dims)}")
     for dim in dims:

@@ -30,7 +30,7 @@ def parse_topic(value: str) -> tuple[str, str]:
     """(device, channel) of a topic; raises MessageError for any other shape."""
     parts = value.split("/")
     if len(parts) != 4 or "/".join(parts[:2]) != ROOT or not is_name(parts[2]) or parts[3] not in (*DOWN, *UP):
-        raise MessageError(f"topic {value[:120]!r} is not {ROOT}/DEVICE/CHANNEL")
+        raise MessageError(f"topic {value[:120]!a} is not {ROOT}/DEVICE/CHANNEL")
     return parts[2], parts[3]
 
 
@@ -49,5 +49,5 @@ def parse_request(value: str) -> tuple[str, str]:
     """(device, model) of a request's topic; raises MessageError for any other shape."""
     parts = value.split("/")
     if len(parts) != 5 or "/".join(parts[:2]) != ROOT or parts[3] != REQUEST or not all(map(is_name, parts[2::2])):
-        raise MessageError(f"topic {value[:120]!r} is not {ROOT}/DEVICE/{REQUEST}/MODEL")
+        raise MessageError(f"topic {value[:120]!a} is not {ROOT}/DEVICE/{REQUEST}/MODEL")
     return parts[2], parts[4]

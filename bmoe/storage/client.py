@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from bmoe.protocol.errors import ConfigError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.files import write_durably
+from bmoe.protocol.text import plain
 
 TIMEOUT_S = 10.0
 ERROR_BYTES = 4096
@@ -113,7 +114,7 @@ class GatewayClient:
 
 def _refusal(status: int, body: bytes, path: str) -> Exception:
     try:
-        said = str(json.loads(body)["error"])[:300]
+        said = plain(str(json.loads(body)["error"]), 300)
     except (ValueError, LookupError, TypeError, RecursionError):
         said = f"status {status}"
     error = RefusedError if status in (401, 403) else UnavailableError

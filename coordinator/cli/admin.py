@@ -42,6 +42,8 @@ class Admin:
             raise UnavailableError(f"the registrar on port {self._port} does not answer: {error}") from error
         finally:
             connection.close()
+        if not isinstance(reply, dict):
+            raise UnavailableError(f"the registrar on port {self._port} answers with no JSON object")
         if response.status == 200:
             return reply
         message = str(reply.get("error", f"HTTP {response.status}"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,11 @@ import numpy as np
 from bmoe.client import Client
 from bmoe.protocol.errors import InputError
 
+# What a file that is none of the three forms makes its readers raise.
+MALFORMED = (
+    ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError,
+    zipfile.BadZipFile,
+)  # fmt: skip
 DTYPES = {"FP32": "float32", "FP64": "float64", "BOOL": "bool"}
 
 
@@ -27,7 +33,7 @@ def read_inputs(file: Path, client: Client, model: str) -> dict[str, np.ndarray]
         return {i["name"]: _array(i) for i in body["inputs"]}
     except OSError as error:
         raise InputError(f"{file}: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, EOFError, RecursionError) as error:
+    except MALFORMED as error:
         raise InputError(f"{file} is no .npy, .npz or JSON infer body: {error}") from error
 
 

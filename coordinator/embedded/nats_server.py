@@ -230,7 +230,12 @@ async def _answers(host: str, port: int, context: ssl.SSLContext, server_name: s
         async with asyncio.timeout(5):
             greeting = await reader.readline()
         return json.loads(greeting.removeprefix(b"INFO ")).get("server_name") == server_name
-    except (OSError, ValueError):  # TimeoutError is an OSError
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ):  # TimeoutError is an OSError; anybody may listen there
         return False
     finally:
         writer.close()

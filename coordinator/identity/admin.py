@@ -13,7 +13,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bmoe.protocol.errors import MessageError, RefusedError
-from bmoe.protocol.schema import is_name, is_plain
+from bmoe.protocol.schema import is_name
+from bmoe.protocol.text import is_plain
 from bmoe.storage.manifest import MAX_MANIFEST_BYTES, Model, parse_manifest
 from coordinator.identity.releases import check_blobs
 from coordinator.identity.server import Fleet, peer, read_body, read_json

@@ -20,7 +20,7 @@ from bmoe.ledger.rules.entries import Entry, MemberEntry
 from bmoe.protocol.errors import LedgerError, MessageError, RefusedError
 from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Enrolment, Member, open_message, seal_message
-from bmoe.protocol.schema import plain
+from bmoe.protocol.text import plain
 from coordinator.identity.admission import DEVICE_SUFFIXES
 from coordinator.identity.authority import Authority, check_csr, csr_digest, spki_digest
 from coordinator.identity.directory import Directory, Known

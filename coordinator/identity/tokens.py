@@ -12,7 +12,8 @@ from pathlib import Path
 
 from bmoe.protocol.encoding import encode
 from bmoe.protocol.errors import ConfigError, MessageError, RefusedError
-from bmoe.protocol.schema import is_name, is_plain
+from bmoe.protocol.schema import is_name
+from bmoe.protocol.text import is_plain
 
 PREFIX = "bmoe1."
 ID_BYTES, SECRET_BYTES = 8, 16

@@ -30,8 +30,9 @@ from bmoe.protocol.messages import (
     tensor_specs,
     tensors_from,
 )
-from bmoe.protocol.schema import from_bytes, from_map, is_name, plain
+from bmoe.protocol.schema import from_bytes, from_map, is_name
 from bmoe.protocol.tensors import Tensor
+from bmoe.protocol.text import plain
 
 SIGNER = Signer.from_bytes(bytes([3] * 32))
 COMMON: dict[str, Any] = {"ledger": bytes(16), "epoch": 1, "author": "agent-1", "seq": 1}

@@ -44,7 +44,7 @@ class VerifierKey:
         check_key_name(self.name)
         if self.algorithm not in _VERIFY:
             known = ", ".join(f"{number:#04x}" for number in _VERIFY)
-            raise ProofError(f"verifier key {_shown(self.name)} has signature type {self.algorithm!r}, known: {known}")
+            raise ProofError(f"verifier key {_shown(self.name)} has signature type {self.algorithm!a}, known: {known}")
         try:
             check_public_key(self.public_key)
         except MessageError as weak:
@@ -285,7 +285,7 @@ def _check_text(text: str, what: str) -> None:
     except UnicodeEncodeError:
         raise ProofError(f"{what} is not UTF-8") from None
     if found := _CONTROL.search(text):
-        raise ProofError(f"{what} holds the control character {found.group()!r}")
+        raise ProofError(f"{what} holds the control character {found.group()!a}")
 
 
 def _base64(raw: bytes) -> str:

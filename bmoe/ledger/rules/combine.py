@@ -65,7 +65,7 @@ def unpack_choices(
 def combine(rule: str, choices: Choices, outputs: Sequence[Sequence[Tensor]], batch: bool) -> tuple[Tensor, ...]:
     """The answer's tensors from the accepted outputs of its tasks (outputs[task][tensor])."""
     if rule != "weighted_sum":
-        raise MessageError(f"combine rule {rule!r} is not known here")
+        raise MessageError(f"combine rule {rule!a} is not known here")
     # A task that no choice names could lend its names and types to an answer that its expert has no part in.
     if not outputs or set(choices.task_index.ravel().tolist()) != set(range(len(outputs))):
         raise MessageError(f"the choices must name each of the {len(outputs)} tasks, and no other")

@@ -53,5 +53,5 @@ def commit_rows(author: str, salt: bytes, tensors: Sequence[Tensor], rows: int) 
     if rows > 1:
         for tensor in tensors:
             if not tensor.dims or tensor.dims[0] != rows:
-                raise MessageError(f"tensor {tensor.name!r} {list(tensor.dims)} does not have {rows} rows on axis 0")
+                raise MessageError(f"tensor {tensor.name!a} {list(tensor.dims)} does not have {rows} rows on axis 0")
     return root_over(_leaf_hashes(author, salt, tensors, rows))

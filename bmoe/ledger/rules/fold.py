@@ -15,7 +15,7 @@ from bmoe.ledger.rules.frames import Frame, read_frame
 from bmoe.ledger.rules.state import TASK_WINDOW_MS, AuthorState, Context, Event, FalseEntryError, State, made_at
 from bmoe.ledger.rules.table import RULES
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError
-from bmoe.protocol.schema import plain
+from bmoe.protocol.text import plain
 
 # More than a frame can close, so that what is pruned keeps up with what comes.
 PRUNE_LOOK = 512
@@ -121,7 +121,7 @@ def _apply_entry(state: State, context: Context, author: AuthorState, data: byte
         else:
             raise RefusedError(NO_GENESIS)
     except (BmoeError, *UNFORESEEN) as error:
-        reason = str(error) if isinstance(error, BmoeError) else f"malformed ({type(error).__name__})"
+        reason = str(error) if isinstance(error, BmoeError) else "malformed content"
         if isinstance(error, FalseEntryError):
             reason = FALSE + reason
             author.fenced = reason[:FENCED_SHOWN]

@@ -110,7 +110,7 @@ def check_specs(tensors: Sequence[Tensor], specs: Sequence[Sequence[Any]], rows:
         if tensor.name != name or tensor.dtype != dtype or not fits:
             shape = ["any" if d == 0 else d for d in dims]
             raise MessageError(
-                f"expected {name!r} {dtype}{shape}, found {tensor.name!r} {tensor.dtype}{list(tensor.dims)}"
+                f"expected {name!a} {dtype}{shape}, found {tensor.name!a} {tensor.dtype}{list(tensor.dims)}"
             )
 
 

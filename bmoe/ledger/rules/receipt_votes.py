@@ -124,7 +124,7 @@ def _check_stances(
     outputs = candidates[: len(entry.outputs)]
     stances = "".join(UNUSABLE if c is None else LETTERS[stance(distance(value, c, tolerances))] for c in outputs)
     if stances != entry.stances:
-        raise ProofError(f"task {entry.task.hex()}: stances are {stances!r}, the verdict states {entry.stances!r}")
+        raise ProofError(f"task {entry.task.hex()}: stances are {stances!a}, the verdict states {entry.stances!a}")
 
 
 def check_answer(

@@ -70,7 +70,7 @@ def parse_trust(data: str | bytes) -> Trust:
     quorum, needed = values["quorum"], quorum_of(len(keys))
     if type(quorum) is not int or not needed <= quorum <= len(keys):
         raise ConfigError(
-            f"trust file: quorum of {len(keys)} validators must be {needed}..{len(keys)}, found {quorum!r}"
+            f"trust file: quorum of {len(keys)} validators must be {needed}..{len(keys)}, found {quorum!a}"
         )
     return Trust(**vars(anchor), validators=keys, quorum=quorum)
 
@@ -86,7 +86,7 @@ def parse_anchor(data: str | bytes) -> Anchor:
 
 def _origin(value: Any) -> str:
     if type(value) is not str or len(value) > 128:
-        raise ConfigError(f"trust file: origin must be text of at most 128 characters, found {value!r}")
+        raise ConfigError(f"trust file: origin must be text of at most 128 characters, found {value!a}")
     try:
         check_key_name(value)
     except InputError as error:
@@ -96,7 +96,7 @@ def _origin(value: Any) -> str:
 
 def _epoch(value: Any) -> int:
     if type(value) is not int or not 0 <= value <= 2**53:
-        raise ConfigError(f"trust file: epoch must be an integer in 0..2^53, found {value!r}")
+        raise ConfigError(f"trust file: epoch must be an integer in 0..2^53, found {value!a}")
     return value
 
 
@@ -127,7 +127,7 @@ def _hex(value: Any, name: str, length: int) -> bytes:
         except ValueError:
             raw = None
     if raw is None or len(raw) != length or raw.hex() != value:
-        raise ConfigError(f"trust file: {name} must be {2 * length} lower-case hex digits, found {value!r}")
+        raise ConfigError(f"trust file: {name} must be {2 * length} lower-case hex digits, found {value!a}")
     return raw
 
 

@@ -79,7 +79,7 @@ def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
         if (decision.accepted, decision.stances) != (entry.accepted, entry.stances):
             raise FalseEntryError(
                 f"verdict on {entry.task.hex()}: {entry.policy} accepts {decision.accepted} with stances "
-                f"{decision.stances!r}, the entry claims {entry.accepted} with {entry.stances!r}"
+                f"{decision.stances!a}, the entry claims {entry.accepted} with {entry.stances!a}"
             )
     elif entry.outcome != "accepted" and (entry.accepted != NOBODY or set(entry.stances) - {IGNORED}):
         raise FalseEntryError(f"verdict on {entry.task.hex()} is {entry.outcome} and yet accepts or judges a value")

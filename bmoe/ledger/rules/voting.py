@@ -46,11 +46,11 @@ class Tolerance:
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
-            raise ManifestError(f"dtype {self.dtype!r} is not one of {', '.join(ITEM_BYTES)}")
+            raise ManifestError(f"dtype {self.dtype!a} is not one of {', '.join(ITEM_BYTES)}")
         if not (math.isfinite(self.epsilon) and self.epsilon >= 0):
-            raise ManifestError(f"epsilon must be finite and not negative, got {self.epsilon!r} for {self.dtype}")
+            raise ManifestError(f"epsilon must be finite and not negative, got {self.epsilon!a} for {self.dtype}")
         if self.dtype not in _FLOATS and self.epsilon != 0:
-            raise ManifestError(f"epsilon must be 0 for {self.dtype}, which compares bytewise, got {self.epsilon!r}")
+            raise ManifestError(f"epsilon must be 0 for {self.dtype}, which compares bytewise, got {self.epsilon!a}")
 
 
 @dataclass(frozen=True)
@@ -149,22 +149,22 @@ def _check_candidates(candidates: Sequence[Candidate], tolerances: Sequence[Tole
     seen: set[str] = set()
     for candidate in candidates:
         if candidate.agent in seen:
-            raise MessageError(f"agent {candidate.agent!r} has more than one candidate; a vote takes one an agent")
+            raise MessageError(f"agent {candidate.agent!a} has more than one candidate; a vote takes one an agent")
         seen.add(candidate.agent)
         # Identical NaN bytes would otherwise agree with each other at d = 0.
         if not is_finite(candidate, tolerances):
-            raise MessageError(f"the output of agent {candidate.agent!r} is not finite; drop it before the vote")
+            raise MessageError(f"the output of agent {candidate.agent!a} is not finite; drop it before the vote")
 
 
 def _check_fit(candidate: Candidate, tolerances: Sequence[Tolerance]) -> None:
     if len(candidate.tensors) != len(tolerances):
         raise MessageError(
-            f"agent {candidate.agent!r}: expected {len(tolerances)} output tensors, got {len(candidate.tensors)}"
+            f"agent {candidate.agent!a}: expected {len(tolerances)} output tensors, got {len(candidate.tensors)}"
         )
     for k, (tensor, tolerance) in enumerate(zip(candidate.tensors, tolerances, strict=True)):
         if len(tensor) % ITEM_BYTES[tolerance.dtype]:
             raise MessageError(
-                f"agent {candidate.agent!r}, output {k}: expected a multiple of {ITEM_BYTES[tolerance.dtype]} bytes"
+                f"agent {candidate.agent!a}, output {k}: expected a multiple of {ITEM_BYTES[tolerance.dtype]} bytes"
                 f" for {tolerance.dtype}, got {len(tensor)}"
             )
 

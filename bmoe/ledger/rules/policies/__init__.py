@@ -23,9 +23,9 @@ def policy_named(name: str, version: int | None = None) -> Policy:
     """The policy of that name (and version, when one is given); raises MessageError listing what there is."""
     policy = POLICIES.get(name)
     if policy is None:
-        raise MessageError(f"policy {name!r} is not one of {', '.join(FOR_CLIENTS)}")
+        raise MessageError(f"policy {name!a} is not one of {', '.join(FOR_CLIENTS)}")
     if version is not None and version != policy.version:
-        raise MessageError(f"policy {name!r} has version {policy.version} here, the verdict names {version}")
+        raise MessageError(f"policy {name!a} has version {policy.version} here, the verdict names {version}")
     return policy
 
 
