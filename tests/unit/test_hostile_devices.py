@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,7 +178,7 @@ def readers(folder: Path) -> dict[str, Any]:
     return {
         "client": lambda data: read_answer(data, None),
         "client, binary": lambda data: read_answer(data, str(len(data))),
-        "client's errors": lambda data: _error(400, data),
+        "client's errors": lambda data: _error(SimpleNamespace(status=400, headers={}), data),  # type: ignore[arg-type]
         "validator's errors": lambda data: _refusal(500, data, "/x"),
         "receipt replies": lambda data: read_reply(b"{" + data),
         "identity": lambda data: load_identity(file("identity/identity.json", data).parent.parent),
