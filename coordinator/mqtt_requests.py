@@ -19,6 +19,7 @@ import structlog
 
 from bmoe.protocol.errors import BmoeError, MessageError, RefusedError, UnavailableError
 from bmoe.protocol.topics import topic
+from coordinator.intake import check_lists
 from coordinator.mqtt_history import reply_to
 from coordinator.recent import Recent, request_key
 
@@ -243,6 +244,7 @@ def id_of(payload: bytes) -> str:
     """
     if b'"id"' not in payload:
         return ""
+    check_lists(payload, len(payload))
     try:
         values = orjson.loads(payload)
     except orjson.JSONDecodeError as error:

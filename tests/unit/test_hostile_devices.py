@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,8 @@ from bmoe.protocol.schema import from_bytes
 from bmoe.protocol.text import escaped, is_plain, plain
 from coordinator import decide
 from coordinator.fleet import WARNINGS_A_MINUTE
+from coordinator.intake import LISTS_MAX, check_lists
+from coordinator.mqtt_requests import id_of
 
 FORGED = "fine\n2027-01-01T00:00:00 level=INFO bmoe.validator all is well"
 TRICKS = (
@@ -226,3 +229,17 @@ def test_a_reply_that_is_no_answer_is_said_to_be_none(changed: dict[str, Any]) -
     assert read_answer(json.dumps(GOOD_REPLY).encode(), None).outputs["y"].tolist() == [[1, 2]]
     with pytest.raises(UnavailableError, match=r"cannot be read|no JSON object|malformed"):
         read_answer(json.dumps({**GOOD_REPLY, **changed}).encode(), None)
+
+
+def test_a_body_of_lists_is_refused_before_it_is_parsed_and_one_of_numbers_is_not() -> None:
+    lists, numbers = b'{"data":[' + b"[]," * LISTS_MAX + b"[]]}", b'{"data":[' + b"0," * (2 * LISTS_MAX) + b"0]}"
+    tracemalloc.start()
+    with pytest.raises(MessageError, match=f"at most {LISTS_MAX} are taken: send data flat"):
+        check_lists(lists, len(lists))
+    with pytest.raises(MessageError, match="send data flat"):
+        id_of(b'{"id":"a",' + lists[1:])
+    check_lists(numbers, len(numbers))
+    assert id_of(b'{"id":"a",' + numbers[1:]) == "a"
+    check_lists(b"{}" + lists, 2)  # what lies behind a JSON head is no JSON
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()
