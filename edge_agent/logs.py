@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
-from bmoe.protocol.oneline import set_up_plain_logs
+from bmoe.protocol.oneline import OneLine
 
 
 class Event(str):
@@ -49,15 +50,12 @@ def set_up(level: str, form: str = "text") -> None:
     """Send every logger's lines to standard error. systemd adds the time to text; elsewhere we do."""
     import os
 
-    if form == "json":
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(_Json())
-        logging.Formatter.converter = staticmethod(_utc)
-        logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-        return
     stamp = "" if "JOURNAL_STREAM" in os.environ else "time=%(asctime)s.%(msecs)03dZ "
+    lines = OneLine(f"{stamp}level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
     logging.Formatter.converter = staticmethod(_utc)
-    set_up_plain_logs(level.upper(), f"{stamp}level=%(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if form == "json" else lines)
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
 
 
 def _utc(seconds: float | None = None) -> Any:

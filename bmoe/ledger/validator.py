@@ -25,7 +25,7 @@ from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, ConfigError, LedgerForkError, UnavailableError
 from bmoe.protocol.keys import Signer
-from bmoe.protocol.oneline import set_up_plain_logs
+from bmoe.protocol.oneline import OneLine
 
 log = logging.getLogger("bmoe.validator")
 
@@ -36,7 +36,9 @@ FAILED, BAD_SETTINGS, FORKED = 1, 2, 3
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a validator until a signal or an error ends it; the exit code."""
     arguments = _parser().parse_args(argv)
-    set_up_plain_logs(arguments.log_level, "%(asctime)s level=%(levelname)s %(name)s %(message)s")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s level=%(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=arguments.log_level, handlers=[handler])
     try:
         uvloop.run(_run(_settings(arguments)))
     except LedgerForkError as error:

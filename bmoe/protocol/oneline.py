@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 
 from bmoe.protocol.text import escaped
 
@@ -15,10 +14,3 @@ class OneLine(logging.Formatter):
         """The record's text, on one line."""
         record.message = escaped(record.message)
         return super().formatMessage(record)
-
-
-def set_up_plain_logs(level: str, form: str, dates: str | None = None) -> None:
-    """Send every logger's lines to standard error, in the given form."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine(form, dates))
-    logging.basicConfig(level=level, handlers=[handler])
