@@ -81,4 +81,7 @@ def is_due(pem: bytes, now_s: float | None = None) -> bool:
 def _load(pem: bytes) -> Any:
     from cryptography import x509
 
-    return x509.load_pem_x509_certificate(pem)
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except x509.InvalidVersion as error:  # not a ValueError, as everything else that may be wrong with it is
+        raise InputError(f"the certificate cannot be read: {error}") from None

@@ -140,7 +140,7 @@ def _keep(state: Path, folder: Path, url: str, reply: dict[str, Any]) -> Identit
     try:
         identity = from_facts(facts, folder)
         certificate = x509.load_pem_x509_certificate(str(reply["certificate"]).encode())
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, x509.InvalidVersion) as error:
         raise MessageError(f"the gateway's answer lacks something or has it wrong: {error!r}") from None
     _check_certificate(identity, certificate)
     _check_own_statement(identity, certificate)

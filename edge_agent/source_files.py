@@ -40,7 +40,9 @@ def read_inputs(name: str, data: bytes, model: Model, limit: int) -> Mapping[str
         return _npz(data, limit)
     except MessageError:
         raise
-    except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile, RecursionError) as error:
+    except (
+        ArithmeticError, ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile, RecursionError
+    ) as error:  # fmt: skip
         raise MessageError(f"{name} cannot be read: {' '.join(str(error).split())[:200]}") from None
     except (MemoryError, NotImplementedError, RuntimeError, SyntaxError, TokenError, zlib.error) as error:
         raise MessageError(f"{name} cannot be read: {type(error).__name__}") from None

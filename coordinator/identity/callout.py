@@ -97,7 +97,7 @@ def _certificate(asked: Any) -> CertificateFacts | None:
     try:
         pem = chains[0][0] if chains else None
         return None if pem is None else facts_of(x509.load_pem_x509_certificate(pem.encode()))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, x509.InvalidVersion) as error:
         raise RefusedError(f"the client certificate cannot be read: {error or type(error).__name__}") from None
 
 

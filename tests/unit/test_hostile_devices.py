@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import ssl
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,15 +22,19 @@ from bmoe.ledger.rules.entries import ENTRIES, Equivocation, Rejected, parse_ent
 from bmoe.ledger.rules.fold import apply_message
 from bmoe.ledger.rules.frames import NO_FRAME, build_frame
 from bmoe.protocol.encoding import encode
-from bmoe.protocol.errors import EncodingError, MessageError, UnavailableError
+from bmoe.protocol.errors import EncodingError, InputError, MessageError, RefusedError, UnavailableError
 from bmoe.protocol.messages import MAX_TENSORS, MESSAGES, Output, Refusal, open_message
 from bmoe.protocol.oneline import OneLine
 from bmoe.protocol.schema import from_bytes
 from bmoe.protocol.text import escaped, is_plain, plain
 from coordinator import decide
 from coordinator.fleet import WARNINGS_A_MINUTE
+from coordinator.identity.authority import Authority
+from coordinator.identity.callout import _certificate
 from coordinator.intake import LISTS_MAX, check_lists
 from coordinator.mqtt_requests import id_of
+from edge_agent.certificates import is_due
+from edge_agent.source_files import read_inputs
 
 FORGED = "fine\n2027-01-01T00:00:00 level=INFO bmoe.validator all is well"
 TRICKS = (
@@ -243,3 +248,24 @@ def test_a_body_of_lists_is_refused_before_it_is_parsed_and_one_of_numbers_is_no
     check_lists(b"{}" + lists, 2)  # what lies behind a JSON head is no JSON
     assert tracemalloc.get_traced_memory()[1] < 64 << 20
     tracemalloc.stop()
+
+
+def test_a_certificate_of_a_version_that_is_none_is_refused_like_any_other(tmp_path: Path) -> None:
+    """The library's error for it is no ValueError: it once ended the renewing of a board's certificate for good."""
+    authority = Authority.open(tmp_path)
+    der = ssl.PEM_cert_to_DER_cert(authority.pem.decode())
+    odd = ssl.DER_cert_to_PEM_cert(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x06", 1)).encode()
+    assert is_due(authority.pem) is False
+    with pytest.raises(InputError, match="6 is not a valid X509 version"):
+        is_due(odd)
+    with pytest.raises(RefusedError, match="cannot be read: 6 is not a valid X509 version"):
+        _certificate({"client_tls": {"verified_chains": [[odd.decode()]]}})
+
+
+def test_an_array_file_of_a_shape_beyond_all_numbers_is_refused() -> None:
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999999999999999,), }"
+    header += b" " * (117 - len(header)) + b"\n"
+    data = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    model = SimpleNamespace(inputs=(("x", "float32", (0, 2)),), batch=True)
+    with pytest.raises(MessageError, match=r"x\.npy cannot be read"):
+        read_inputs("x.npy", data, model, 1 << 20)  # type: ignore[arg-type]
