@@ -1,9 +1,9 @@
 """A watched folder as a source: a file dropped in is a request, its answer is written beside it.
 
-A file's way: FOLDER/x.npy, then FOLDER/work/x.npy while it is in work, then FOLDER/done/x.npy. Its answer is written to
-FOLDER/x.npy.answer.json before the last step, in one step of its own. What a crash finds: in work/ is a file that may
-have been asked already; it is asked again under the same id, which the gateway runs once. If its answer is there
-already, it is only moved. Nothing is ever deleted.
+A file's way: it is dropped into the folder, lies in the folder's `work` while it is in work, and in its `done` at the end.
+Its answer is written beside where it was dropped, as x.npy.answer.json, before the last step, in one step of its own.
+What a crash finds: in `work` is a file that may have been asked already; it is asked again under the same id, which the
+gateway runs once. If its answer is there already, it is only moved. Nothing is ever deleted.
 """
 
 from __future__ import annotations

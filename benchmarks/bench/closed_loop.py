@@ -49,6 +49,7 @@ class Connection(asyncio.Protocol):
         self.transport.write(request)
 
     def data_received(self, data: bytes) -> None:
+        """Bytes of a reply; asyncio calls it."""
         received = self._received
         received += data
         if not self._need:

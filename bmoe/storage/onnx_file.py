@@ -104,6 +104,7 @@ class _Reader:
         self._wire, self._found = wire, found
 
     def model(self, size: int) -> None:
+        """Read the whole file, a ModelProto of `size` bytes, into what was found; raises ModelError where it is none."""
         graphs: list[Field] = []
         for f in self._wire.fields(0, size):
             if f.number == 1 and f.wire == VARINT:
