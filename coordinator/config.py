@@ -53,7 +53,7 @@ class GatewaySettings(BaseSettings):
         50.0,
         ge=0,
         le=1000,
-        description="How long a call waits at most for a task of its kind under way, to share the next.",
+        description="How long a call waits at most to share a task, while one of its kind is under way or has just returned.",
     )
     batch_rows: int = Field(128, ge=1, le=1024, description="Most rows in one task.")
     request_rows: int = Field(256, ge=1, le=1024, description="Most rows in one request.")

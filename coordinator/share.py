@@ -1,7 +1,8 @@
 """Share: calls of one tenant for one expert become one job, so that messages and signatures are paid once a batch.
 
 Batching needs no timer where the fleet is idle: a call starts its job at once. While a job of its kind is under way,
-calls wait for that to return and then go together; so batches are as large as the load makes them.
+calls wait for it to return and for as long again, `window_s` at most, and then go together: those whom the return has
+answered ask again meanwhile, and join. So batches are as large as the load makes them.
 """
 
 from __future__ import annotations
@@ -87,17 +88,20 @@ class Sharer:
         calls = queue.take(self._rows_max)
         if calls:
             queue.running += 1
-            calls[-1].done.add_done_callback(lambda _: self._returned(key))
+            began = time.monotonic()
+            calls[-1].done.add_done_callback(lambda _: self._returned(key, time.monotonic() - began))
             self._start(make_job(calls, self._clock()))
         self._follow(key, queue)
 
-    def _returned(self, key: Key) -> None:
+    def _returned(self, key: Key, took_s: float) -> None:
         queue = self._queues[key]
         queue.running -= 1
-        if queue.calls:
-            self._close(key)
-        else:
-            self._follow(key, queue)
+        if queue.due is not None and not queue.running:
+            queue.due.cancel()
+            # Not past the window of whoever has waited longest.
+            left_s = queue.calls[0].made + self._window_s - time.monotonic()
+            queue.due = asyncio.get_running_loop().call_later(max(0.0, min(took_s, left_s)), self._close, key)
+        self._follow(key, queue)
 
     def _follow(self, key: Key, queue: _Queue) -> None:
         """What is left waits for its turn; a queue without calls and jobs is forgotten."""

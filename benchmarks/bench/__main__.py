@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--agents", type=int, default=10)
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--seconds", type=float, default=4.0, help="measured seconds of each phase under load")
-    made.add_argument("--clients", type=int, default=32, help="connections at batch 1; half as many at batch 32")
+    made.add_argument("--clients", type=int, default=128, help="connections at batch 1; half as many at batch 32")
     made.add_argument("--encoding", choices=("auto", *ENCODINGS), default="auto", help="auto: binary if it is served")
     made.add_argument("--wait", choices=("decided", "committed"), default="decided")
     made.add_argument("--minutes", type=float, default=0, help="load agents so long before their memory is measured")

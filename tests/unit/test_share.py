@@ -89,6 +89,19 @@ async def test_calls_wait_for_the_job_of_their_kind_under_way_and_then_go_togeth
     assert list((await desk.next()).calls) == later
 
 
+async def test_those_whom_a_returned_job_has_answered_join_the_calls_that_waited_for_it() -> None:
+    """Closed loops ask again at once: without the pause they would alternate in two half-filled jobs for ever."""
+    desk = Desk(window_s=60)
+    desk.add(_call(1))
+    job = await desk.next()
+    desk.add(waited := _call(1))
+    await asyncio.sleep(0.2)  # what the job takes, and so the pause behind it
+    finish(job)
+    await asyncio.sleep(0)
+    desk.add(again := _call(1))
+    assert list((await desk.next()).calls) == [waited, again]
+
+
 async def test_a_job_that_hangs_holds_up_nobody_longer_than_the_window() -> None:
     desk = Desk(window_s=0.01)
     desk.add(_call(1))
