@@ -149,7 +149,7 @@ async def _receipt(gateway: Gateway, request: Request, kind: str) -> Response:
         identity = b""
     if len(identity) != 16:
         raise InputError(f"an id is 32 hexadecimal digits, got {text[:64]!r}")
-    receipt = await gateway.receipt(identity, kind)
+    receipt = await gateway.receipts.get(identity, kind)
     if not request.state.operator:
         entry = parse_entry(parse_receipt(receipt).evidence.leaf)
         if getattr(entry, "tenant", None) != request.state.tenant.name:

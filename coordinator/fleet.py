@@ -5,6 +5,7 @@ The ledger is the source of truth; the TinyDB file is a view for operators, rebu
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import deque
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import structlog
 from tinydb import TinyDB
 from tinydb.storages import Storage
 
@@ -22,6 +24,7 @@ from bmoe.protocol.files import write_durably
 from bmoe.protocol.messages import Health, Status
 from coordinator.route import Eligible
 
+log = structlog.get_logger("fleet")
 SUSPICION_S = 60.0
 LATENCIES_KEPT = 256
 EVIDENCE_A_MINUTE = 10
@@ -172,3 +175,17 @@ class Fleet:
     def save_view(self, rows: list[dict[str, Any]]) -> None:
         """Write the operators' view from `table()`; safe in a thread, for it looks at nothing else. May raise OSError."""
         self._db.storage.write({"_default": {str(i + 1): row for i, row in enumerate(rows)}})
+
+    async def keep_view(self) -> None:
+        """Write the operators' view every second, for ever. A full disk is borne: the ledger has it all."""
+        saved = True
+        while True:
+            await asyncio.sleep(1)
+            rows = self.table()
+            try:
+                await asyncio.to_thread(self.save_view, rows)
+                saved = True
+            except OSError as error:
+                if saved:
+                    log.warning("fleet_view_not_saved", error=str(error))
+                saved = False

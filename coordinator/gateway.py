@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,20 +11,15 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import structlog
-from nats.errors import Error as NatsError
 
 from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
-from bmoe.ledger.receipts import read_reply
-from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, verify_cosignature
 from bmoe.ledger.rules.fold import Applied
-from bmoe.ledger.rules.receipt import merge_receipts
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
-from bmoe.ledger.rules.tlog_proof import parse_proof
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
-from bmoe.protocol.errors import BmoeError, InputError, ProofError, UnavailableError, UnknownError
+from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Output, Refusal, Status
@@ -49,6 +43,7 @@ from coordinator.gate import Gate
 from coordinator.intake import take_in
 from coordinator.jobs import Answered, Job, Request, ledger_ms
 from coordinator.journal import Journal
+from coordinator.receipts import Receipts
 from coordinator.receive import open_from
 from coordinator.recover import Recovery
 from coordinator.referee import Referee
@@ -61,7 +56,6 @@ T = TypeVar("T")
 NAME = "coordinator"
 UP_CHANNELS = {"output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0)}
 FINAL_TIMEOUT_S = 30.0
-RECEIPT_TIMEOUT_S = 10.0
 IN_GOOD_STANDING = (Standing.PROBATION.value, Standing.TRUSTED.value)
 AGENTS_WAIT_S = 3.0
 AGENTS_LOOK_S = 0.05
@@ -112,6 +106,7 @@ class Gateway:
         layout, settings, trust = self.layout, self.settings, self.trust
         self._stream = await LedgerStream.connect(self._access, NAME)
         self.journal = Journal(layout.journal)
+        self.receipts = Receipts(self._stream, self.state, self.journal)
         reader = EvidenceReader(layout.evidence)
         self.recovery = Recovery(self.journal, self.state, self.catalogue, reader)
         self.author = FrameAuthor(self._stream, self._signer, NAME, trust.ledger, trust.epoch, self._ledger_ms)
@@ -139,7 +134,7 @@ class Gateway:
         await self.link.wait_up(20)
         self._spawn(self._finish_leftovers())
         self._spawn(self._diagnosis.run())
-        self._spawn(self._keep_view())
+        self._spawn(self.fleet.keep_view())
         self._spawn(self.disks.watch())
 
     def _assemble(self) -> None:
@@ -237,51 +232,6 @@ class Gateway:
     def _start_job(self, job: Job) -> None:
         self._diagnosis.remember(job)
         self.decider.start(job)
-
-    async def receipt(self, identity: bytes, kind: str) -> bytes:
-        """The receipt of a verdict ("task") or an answer ("request"), with every validator's cosignature to be had.
-
-        Raises UnknownError for an id that is not on the ledger, UnavailableError when no validator gives one now.
-        """
-        receipts: list[str] = []
-        reasons: list[BmoeError] = []
-        coming = identity in self.state.open or await self.journal.row(identity) is not None
-        question: dict[str, Any] = {kind: identity.hex(), **({} if coming else {"wait_ms": 0})}
-        for validator in sorted(self.state.validators):
-            try:
-                receipts.append(await self._ask_receipt(validator, question))
-            except (UnavailableError, UnknownError) as error:
-                reasons.append(error)
-                continue
-            question = {kind: identity.hex(), "size": parse_proof(receipts[0]).checkpoint.size}
-        if not receipts:
-            line = f"no receipt for {identity.hex()}: {'; '.join(map(str, reasons))}"
-            if coming or UnknownError not in map(type, reasons):
-                raise UnavailableError(line)
-            raise UnknownError(line)
-        merged = receipts[0]
-        for receipt in receipts[1:]:
-            try:
-                merged = merge_receipts([merged, receipt])
-            except ProofError as error:  # one validator's odd receipt must not cost the others'
-                log.warning("receipt_not_merged", error=str(error))
-        return merged.encode()
-
-    async def _ask_receipt(self, validator: str, question: dict[str, Any]) -> str:
-        subject, data = f"ledger.receipt.{validator}", json.dumps(question).encode()
-        try:
-            reply = await self._stream.client.request(subject, data, timeout=RECEIPT_TIMEOUT_S)
-        except (NatsError, OSError, asyncio.TimeoutError) as error:
-            raise UnavailableError(f"{validator}: {str(error) or type(error).__name__}") from error
-        try:
-            text = read_reply(reply.data)
-            key = VerifierKey(validator, COSIGNATURE_V1, self.state.validators[validator])
-            verify_cosignature(parse_proof(text).note, key)
-        except (UnknownError, UnavailableError) as error:
-            raise type(error)(f"{validator}: {error}") from error
-        except (InputError, ValueError) as error:
-            raise UnavailableError(f"{validator} gave no receipt of its own: {error}") from error
-        return text
 
     def statistics(self) -> dict[str, Any]:
         """Figures for operators and the demo."""
@@ -383,19 +333,6 @@ class Gateway:
 
     def _on_down(self, reason: str) -> None:
         log.warning("link_down", reason=reason)
-
-    async def _keep_view(self) -> None:
-        saved = True
-        while True:
-            await asyncio.sleep(1)
-            rows = self.fleet.table()
-            try:
-                await asyncio.to_thread(self.fleet.save_view, rows)
-                saved = True
-            except OSError as error:  # the view is rebuilt from the ledger at will
-                if saved:
-                    log.warning("fleet_view_not_saved", error=str(error))
-                saved = False
 
     def _spawn(self, work: Awaitable[Any]) -> None:
         task = asyncio.ensure_future(work)

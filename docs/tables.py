@@ -60,7 +60,7 @@ GATEWAY_LIMITS = (
     ("coordinator.gate", "GATE_TIMEOUT_S", "s that a gate may take"),
     ("coordinator.gateway", "FINAL_TIMEOUT_S", "s that a request with `wait=final` waits for the quorum"),
     ("coordinator.decide", "TASKS_OPEN_MAX", "tasks in work; what would be more is answered with 503"),
-    ("coordinator.gateway", "RECEIPT_TIMEOUT_S", "s that the gateway waits for a validator's receipt"),
+    ("coordinator.receipts", "RECEIPT_TIMEOUT_S", "s that the gateway waits for a validator's receipt"),
     ("bmoe.ledger.receipts", "WAIT_MS", "ms that a validator waits until an entry is under a checkpoint"),
     ("coordinator.decide", "FIRST_HEDGE_S", "s before a silent task is sent on, while an expert's pace is unknown"),
     ("coordinator.collect", "HEDGES_MAX", "times that a silent task is sent on or again"),

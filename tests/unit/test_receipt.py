@@ -6,90 +6,27 @@ import base64
 import dataclasses
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from ledger_fixtures import TOY, Fleet, Signed, tensor_of, toy
+from ledger_fixtures import TOY, tensor_of, toy
+from receipt_ledger import SIGNED_S, Ledger, answered, decided
 
-from bmoe.ledger.audit import main as audit
-from bmoe.ledger.receipts import make_receipt
-from bmoe.ledger.rules.checkpoint import Checkpoint, cosign, parse_note
-from bmoe.ledger.rules.entries import BY_REFEREE, Rejected, Verdict, parse_entry
-from bmoe.ledger.rules.fold import Applied
-from bmoe.ledger.rules.outputs import opening_of
+from bmoe.ledger.rules.checkpoint import parse_note
+from bmoe.ledger.rules.entries import Rejected, Verdict, parse_entry
+from bmoe.ledger.rules.merkle import leaf_hash
 from bmoe.ledger.rules.receipt import merge_receipts, verify_receipt
 from bmoe.ledger.rules.receipt_format import Evidence, format_receipt, parse_receipt
 from bmoe.ledger.rules.trust import Trust, format_trust, parse_anchor, parse_trust
-from bmoe.ledger.store import Store
 from bmoe.protocol.errors import ConfigError, ProofError
 from bmoe.protocol.keys import Signer
-
-SIGNED_S = 1_800_000_000
-
-
-class Ledger:
-    """A fleet's stream in a validator's store, with a checkpoint cosigned by every validator."""
-
-    def __init__(self, folder: Path, validators: int = 3) -> None:
-        self.fleet = Fleet(validator_count=validators)
-        self.store = Store(folder / "replica.db", self.fleet.ledger, self.fleet.epoch)
-        self.fleet.found()
-        self.openings: dict[bytes, bytes] = {}
-        self.attach: list[bytes] = []
-
-    def seal(self) -> int:
-        """Put all leaves into the store and sign their root; the size."""
-        from ledger_fixtures import digest_of
-
-        size = len(self.fleet.leaves)
-        openings = {digest_of(o): o for o in self.attach}
-        position = self.store.next_position
-        leaves = tuple(self.fleet.leaves[self.store.size :])
-        applied = Applied(leaves, tuple(map(parse_entry, leaves)), ())
-        self.store.append(position, b"all of it", applied, [size], openings)
-        ((_, root),) = self.store.commit()
-        self.store.keep_notes([(size, self.note(size, root, self.fleet.validators))])
-        return size
-
-    def note(self, size: int, root: bytes, validators: list[str], origin: str | None = None) -> str:
-        body = Checkpoint(origin or self.fleet.origin, size, root).body()
-        keys = {name: self.fleet.signers[name].private_key for name in validators}
-        return body + "\n" + "".join(cosign(body, name, key, SIGNED_S) for name, key in keys.items())
-
-    def receipt(self, kind: str, name: bytes, size: int) -> str:
-        return make_receipt(self.store, self.fleet.state, kind, name, size)
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     return Ledger(tmp_path)
-
-
-def decided(ledger: Ledger, wrong: tuple[str, ...] = (), rows: int = 2) -> tuple[Signed, ...]:
-    """Three agents answer a task, the wrong ones wrongly; the coordinator referees when one is wrong."""
-    fleet = ledger.fleet
-    task = fleet.open_task(rows)
-    outputs = [fleet.output(a, task, toy(task.x) + 1 if a in wrong else None) for a in fleet.agents[:3]]
-    options = {"referee": fleet.output("coordinator", task), "accepted": BY_REFEREE} if wrong else {}
-    policy = "referee" if wrong else "quorum"
-    applied = fleet.decide(task, outputs, policy=policy, **options)
-    assert applied.events[0].kind == "verdict"
-    ledger.attach += [o.opening for o in (*outputs, *([options["referee"]] if wrong else []))]
-    return task, *outputs
-
-
-def answered(ledger: Ledger) -> tuple[bytes, np.ndarray]:
-    """A request answered from one verdict; request id and result."""
-    task, first, *_ = decided(ledger)
-    (kind, fields), opening, result = ledger.fleet.answer([(task, first)])
-    applied = ledger.fleet.enter("coordinator", (kind, fields), attachments=[opening, first.opening])
-    assert [e.kind for e in applied.events] == ["answer"]
-    ledger.attach.append(opening)
-    return fields["request"], result
 
 
 def test_verdict_and_answer_verify_and_say_who_stood_where(ledger: Ledger) -> None:
@@ -234,8 +171,6 @@ def test_without_openings_it_says_what_was_not_recomputed(ledger: Ledger) -> Non
 
 def forged(ledger: Ledger, leaf: bytes, text: str) -> str:
     """A receipt of another leaf, in a tree of one that all validators cosigned: colluders could do that."""
-    from bmoe.ledger.rules.merkle import leaf_hash
-
     evidence = dataclasses.replace(parse_receipt(text).evidence, leaf=leaf)
     return format_receipt(evidence, 0, [], ledger.note(1, leaf_hash(leaf), ledger.fleet.validators))
 
@@ -330,79 +265,6 @@ def test_trust_file_round_trips_and_refuses_what_it_cannot_mean(ledger: Ledger) 
     for data in ("", "[]", "[" * 100_000, '{"quorum": 1, "quorum": 2}', b"\xff"):
         with pytest.raises(ConfigError):
             parse_trust(data)
-
-
-@pytest.fixture
-def files(ledger: Ledger, tmp_path: Path) -> tuple[Path, Path]:
-    request, _ = answered(ledger)
-    receipt = tmp_path / "out" / "receipt.txt"
-    receipt.parent.mkdir()
-    receipt.write_text(ledger.receipt("answer", request, ledger.seal()))
-    trust = tmp_path / "policy.json"
-    trust.write_text(format_trust(ledger.fleet.trust))
-    return receipt, trust
-
-
-def test_audit_command_tells_what_was_verified(
-    files: tuple[Path, Path], ledger: Ledger, capsys: pytest.CaptureFixture[str]
-) -> None:
-    receipt, trust = files
-    assert audit([str(receipt), "--trust", str(trust)]) == 0
-    told = capsys.readouterr().out
-    for words in ("VERIFIED: the answer", "agent-2 of owner-agent-2: agrees", "by validator-3", "argmax", "recomputed"):
-        assert words in told
-    assert audit([str(receipt), "--trust", str(trust), "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["verdicts"][0]["agents"][0] == {"agent": "agent-1", "owner": "owner-agent-1", "stance": "agrees"}
-    (receipt.parent / "trust.json").write_text(trust.read_text())
-    assert audit([str(receipt)]) == 0
-
-
-def test_audit_command_checks_the_request_given(
-    files: tuple[Path, Path], ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import hashlib
-
-    receipt, trust = files
-    request = b"request" + (1).to_bytes(9, "big")
-    from ledger_fixtures import inputs_for
-
-    opening = opening_of(hashlib.sha256(request).digest()[:16], [tensor_of("x", inputs_for(2)[:1])])
-    given = tmp_path / "request"
-    given.write_bytes(opening)
-    assert audit([str(receipt), "--trust", str(trust), "--request", str(given)]) == 0
-    given.write_bytes(opening[:-1] + b"\x00")
-    assert audit([str(receipt), "--trust", str(trust), "--request", str(given)]) == 1
-    assert "not the one that the answer commits to" in capsys.readouterr().err
-
-
-def test_audit_command_fails_in_one_clear_line(
-    files: tuple[Path, Path], ledger: Ledger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    receipt, trust = files
-    assert audit([str(receipt)]) == 2
-    assert "no policy file: give --trust FILE" in capsys.readouterr().err
-    assert audit([str(tmp_path / "absent"), "--trust", str(trust)]) == 2
-    assert audit([str(receipt), "--trust", str(receipt)]) == 2
-    capsys.readouterr()
-    text = receipt.read_text()
-    receipt.write_text(text[: text.rindex("— ")])
-    assert audit([str(receipt), "--trust", str(trust)]) == 1
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1
-    assert told.err.startswith("DOES NOT VERIFY: step 2 (checkpoint): a quorum of 3 validators")
-    with pytest.raises(SystemExit) as bad:
-        audit([])
-    assert bad.value.code == 2
-
-
-def test_auditor_needs_no_engine_no_model_runner_and_no_server() -> None:
-    """A fresh interpreter: the auditor's import budget is cryptography, cbor2, numpy and the standard library."""
-    code = "import sys, bmoe.ledger.audit; print(*{m.split('.')[0] for m in sys.modules})"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    allowed = {"bmoe", "cryptography", "cbor2", "_cbor2", "numpy", "_cffi_backend", "cffi"}
-    foreign = {m for m in told if m not in sys.stdlib_module_names and m not in allowed and not m.startswith("_")}
-    assert foreign <= {"sitecustomize", "usercustomize"}, foreign
 
 
 def test_verification_is_quick(ledger: Ledger) -> None:
