@@ -167,16 +167,22 @@ def test_a_head_that_trickles_and_a_handshake_that_does_are_ended_in_time(run: A
     monkeypatch.setattr(door, "LOOK_S", 0.02)
 
     async def story() -> None:
+        clock = asyncio.get_running_loop().time
         async with served() as (_, port), served(tls[0]) as (_, secure):
-            for reader, writer in [await caller(port), await caller(secure)]:
+            for letters, where in ((b"GET / HTTP/1.1\r\nX: " + b"x" * 400, port), (b"\x16\x03\x01\x02" * 100, secure)):
+                reader, writer = await caller(where)
+                begun = clock()
                 with contextlib.suppress(ConnectionError):
-                    for letter in b"\x16\x03\x01\x02" * 100:
+                    for letter in letters:
                         writer.write(bytes([letter]))
                         await writer.drain()
                         await asyncio.sleep(0.005)
                         if reader.at_eof():
                             break
-                await ended(reader)
+                    else:
+                        pytest.fail("all was taken, however slowly it came")
+                assert await ended(reader) == b"", "half a head is owed no answer"
+                assert clock() - begun >= 0.09, "it had its time"
                 writer.close()
 
     run(story())

@@ -52,9 +52,9 @@ def test_hostile_bytes_meet_one_error_or_are_spelled_again_the_same(
     name: str, numbers: list[int], noise: bytes
 ) -> None:
     target = TARGETS[name]
-    target.strike(noise)
-    for number in numbers:
-        target.strike(target.hostile(number))
+    for data in (noise, *map(target.hostile, numbers)):
+        taken = target.strike(data)  # raises for any other error, and for what is taken and spelled otherwise
+        assert target.strike(data) is taken, "what was taken or refused once is so again"
 
 
 def test_every_decoder_stands_in_the_documentation() -> None:

@@ -12,18 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import InputError, MessageError, UnknownError
 from bmoe.protocol.messages import ModelRelease, Release
 from coordinator.catalogue import Catalogue
 from coordinator.intake import DATATYPES, take_in
-from coordinator.jobs import Request, ServedModel
+from coordinator.jobs import Request
 
 COMMON: dict[str, Any] = {"ledger": bytes(16), "epoch": 1, "author": "registrar", "seq": 1}
 Spec = tuple[str, str, tuple[int, ...]]
 
 
-def _model(*inputs: Spec, batch: bool = True) -> ServedModel:
+def _model(*inputs: Spec, batch: bool = True) -> ReleasedModel:
     release = Release(
         **COMMON, model="toy", expert_name="a", digest=bytes(32), size=1, opset=17, memory_mb=1, batch=batch,
         inputs=inputs, outputs=(("y", "float32", (0, 1), struct.pack(">d", 0)),), owner="ada", issued_ms=1,
@@ -32,19 +33,19 @@ def _model(*inputs: Spec, batch: bool = True) -> ServedModel:
         **COMMON, model="toy", version=3, manifest=bytes(32), gate=b"", experts=(release.digest,), top_k=1,
         combine="weighted_sum", cacheable=False, issued_ms=1,
     )  # fmt: skip
-    return ServedModel(statement, None, (release,))
+    return ReleasedModel(statement, None, (release,))
 
 
 TOY = _model(("x", "float32", (0, 2)))
 GOOD: dict[str, Any] = {"name": "x", "shape": [2, 2], "datatype": "FP32", "data": [1, 2.5, -3, 4e3]}
 
 
-def _take(body: Any, model: ServedModel = TOY) -> Request:
+def _take(body: Any, model: ReleasedModel = TOY) -> Request:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return take_in(raw, model, "public", "referee", 8, clock=lambda: 1234)
 
 
-def _one(model: ServedModel = TOY, **changes: Any) -> Request:
+def _one(model: ReleasedModel = TOY, **changes: Any) -> Request:
     return _take({"inputs": [{**GOOD, **changes}]}, model)
 
 
@@ -229,7 +230,7 @@ ARRAYS = {"BOOL": "?", "FP16": "<f2", "FP32": "<f4", "FP64": "<f8", "INT8": "<i1
           "INT64": "<i8", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8"}  # fmt: skip
 
 
-def _binary(head: Any, *rest: bytes, model: ServedModel = TOY, length: int | None = None) -> Request:
+def _binary(head: Any, *rest: bytes, model: ReleasedModel = TOY, length: int | None = None) -> Request:
     raw = head if isinstance(head, bytes) else json.dumps(head).encode()
     return take_in(
         b"".join([raw, *rest]), model, "public", "referee", 8, head_bytes=len(raw) if length is None else length
@@ -320,9 +321,11 @@ def test_any_head_before_any_bytes_is_taken_or_refused_and_nothing_else(
 ) -> None:
     head = {"inputs": [_said("FP32", [1, 2], size)], "parameters": parameters, "outputs": [output]}
     try:
-        _binary(head, rest)
-    except InputError:
-        pass
+        request = _binary(head, rest)
+    except InputError as error:
+        assert str(error) and "\n" not in str(error)
+    else:
+        assert (size, request.tensors[0].data, request.rows) == (8, rest, 1)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from bmoe.protocol import files
@@ -39,7 +40,9 @@ def test_openssl_believes_a_forgery_under_a_small_order_key() -> None:
     """Why we check: one fixed signature by nobody is good for every message under the neutral element."""
     forged = _encoded(1) + bytes(32)
     for message in (b"pay me", b"anything"):
-        Ed25519PublicKey.from_public_bytes(SMALL["neutral"]).verify(forged, message)
+        assert Ed25519PublicKey.from_public_bytes(SMALL["neutral"]).verify(forged, message) is None
+        with pytest.raises(InvalidSignature):
+            Ed25519PublicKey.from_public_bytes(Signer.generate().public_key).verify(forged, message)
 
 
 @pytest.mark.parametrize("name", sorted(SMALL))

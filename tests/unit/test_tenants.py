@@ -22,6 +22,11 @@ def test_the_public_asks_without_limit() -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(1000):
             stack.enter_context(quotas.admitted(PUBLIC, "anything", 0.0))
+        one = Tenant("clinic", concurrent=1)
+        stack.enter_context(quotas.admitted(one, "anything", 0.0))
+        with pytest.raises(QuotaError, match="clinic has 1 requests in work"):
+            ask(quotas, one, 0.0)
+        ask(quotas, PUBLIC, 0.0)
 
 
 def test_a_burst_is_spent_then_the_rate_holds_and_a_refusal_says_when_to_come_again() -> None:
