@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import MessageError, UnknownError
 from bmoe.protocol.messages import ModelRelease
 from coordinator.intake import DATATYPE_OF
-from coordinator.jobs import ServedModel
 
 
 class Catalogue:
@@ -19,7 +19,7 @@ class Catalogue:
         """Models that can be asked for."""
         return sorted(self._state.models)
 
-    def get(self, name: str) -> ServedModel:
+    def get(self, name: str) -> ReleasedModel:
         """A released model; raises UnknownError naming those there are."""
         statement = self._state.models.get(name)
         if statement is None:
@@ -28,17 +28,17 @@ class Catalogue:
             )
         return self._served(statement)
 
-    def version(self, name: str, version: int) -> ServedModel:
+    def version(self, name: str, version: int) -> ReleasedModel:
         """A version that was ever released, for a request that named it then; raises MessageError for any other."""
         statement = self._state.versions.get((name, version))
         if statement is None:
             raise MessageError(f"model {name[:64]!r} version {version} is not on this ledger")
         return self._served(statement)
 
-    def _served(self, statement: ModelRelease) -> ServedModel:
+    def _served(self, statement: ModelRelease) -> ReleasedModel:
         releases = self._state.releases
         gate = releases[statement.gate] if statement.gate else None
-        return ServedModel(statement, gate, tuple(releases[d] for d in statement.experts))
+        return ReleasedModel(statement, gate, tuple(releases[d] for d in statement.experts))
 
     def check_version(self, name: str, version: str | None) -> None:
         """Raise UnknownError unless the model is served in this version; None is whichever is."""

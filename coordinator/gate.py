@@ -12,10 +12,11 @@ import numpy as np
 from bmoe.inference.runner import ExpertFile, Runner
 from bmoe.ledger.rules.combine import choose
 from bmoe.ledger.rules.outputs import check_specs
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import BmoeError, InferenceError
 from bmoe.protocol.messages import Release
 from bmoe.protocol.tensors import Tensor, join_rows
-from coordinator.jobs import Request, ServedModel
+from coordinator.jobs import Request
 
 GATE_TIMEOUT_S = 5.0
 ROWS_MAX = 256
@@ -112,7 +113,7 @@ class Gate:
                 done.set_result(Routing(experts[mine], weights[mine]))
             start += request.rows
 
-    async def _run(self, model: ServedModel, gate: Release, inputs: Sequence[Tensor], rows: int) -> np.ndarray:
+    async def _run(self, model: ReleasedModel, gate: Release, inputs: Sequence[Tensor], rows: int) -> np.ndarray:
         """Scores, float [rows, experts]. A gate may look at some of the model's inputs alone."""
         file = ExpertFile(gate.digest, self._blobs / gate.digest.hex())
         wanted = {spec[0] for spec in gate.inputs}

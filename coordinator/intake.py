@@ -20,9 +20,10 @@ import orjson
 
 from bmoe.ledger.rules.outputs import check_specs
 from bmoe.ledger.rules.policies import FOR_CLIENTS, verifies
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import MessageError
 from bmoe.protocol.tensors import Tensor, tensor_bytes
-from coordinator.jobs import WAITS, Request, ServedModel
+from coordinator.jobs import WAITS, Request
 
 DATATYPES = {
     "BOOL": "bool", "UINT8": "uint8", "UINT16": "uint16", "UINT32": "uint32", "UINT64": "uint64",
@@ -51,7 +52,7 @@ _JSON_WORDS = {
 
 def take_in(
     body: bytes,
-    model: ServedModel,
+    model: ReleasedModel,
     tenant: str,
     default_policy: str,
     rows_max: int,
@@ -94,7 +95,7 @@ def check_lists(data: bytes, end: int) -> None:
         raise MessageError(f"the body has {found} lists and objects, at most {LISTS_MAX} are taken: send data flat")
 
 
-def _tensors(inputs: Any, model: ServedModel, rest: memoryview) -> tuple[Tensor, ...]:
+def _tensors(inputs: Any, model: ReleasedModel, rest: memoryview) -> tuple[Tensor, ...]:
     specs = model.experts[0].inputs
     if not isinstance(inputs, list) or not all(isinstance(i, dict) for i in inputs):
         raise MessageError("inputs must be a list of objects with name, shape, datatype and data")
@@ -205,7 +206,7 @@ def _parameters(given: Any, default_policy: str) -> tuple[str, str]:
     return policy, wait
 
 
-def _outputs(given: Any, model: ServedModel, binary_by_default: Any) -> tuple[tuple[str, ...], frozenset[str]]:
+def _outputs(given: Any, model: ReleasedModel, binary_by_default: Any) -> tuple[tuple[str, ...], frozenset[str]]:
     """The outputs wanted, in order, and which of them as binary data."""
     names = tuple(o[0] for o in model.experts[0].outputs)
     if type(binary_by_default) is not bool:

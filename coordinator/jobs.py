@@ -10,30 +10,12 @@ from dataclasses import dataclass, field
 
 from bmoe.ledger.rules.commitments import SALT_BYTES
 from bmoe.ledger.rules.outputs import Binding
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.state import State
-from bmoe.protocol.messages import ModelRelease, Release
+from bmoe.protocol.messages import Release
 from bmoe.protocol.tensors import Tensor
 
 WAITS = ("decided", "committed", "final")
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """A model as the ledger has released it: its statement, its gate's release if it has one, its experts' releases."""
-
-    statement: ModelRelease
-    gate: Release | None
-    experts: tuple[Release, ...]
-
-    @property
-    def name(self) -> str:
-        """The model's name."""
-        return self.statement.model
-
-    @property
-    def batch(self) -> bool:
-        """Whether axis 0 of every tensor is the row axis."""
-        return self.experts[0].batch
 
 
 @dataclass(frozen=True)
@@ -42,7 +24,7 @@ class Request:
 
     id: bytes
     tenant: str
-    model: ServedModel
+    model: ReleasedModel
     tensors: tuple[Tensor, ...]
     rows: int
     policy: str

@@ -8,16 +8,17 @@ from reprlib import repr as short
 from typing import Any
 
 from bmoe.ledger.rules.frames import INLINE_BYTES
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.encoding import bstr, decode, encode, read_bstrs
 from bmoe.protocol.errors import MessageError
 from bmoe.protocol.messages import MAX_TENSORS, tensor_specs, tensors_from
 from bmoe.protocol.schema import is_tensor_spec, is_uint
 from bmoe.protocol.tensors import Tensor
-from coordinator.jobs import Answered, Request, Result, ServedModel
+from coordinator.jobs import Answered, Request, Result
 
 ATTACHMENTS_MAX = 4096
 # A model as it was when the request came; raises InputError when the ledger does not know that version.
-Models = Callable[[str, int], ServedModel]
+Models = Callable[[str, int], ReleasedModel]
 # A value's check, and what an error says was expected.
 Field = tuple[Callable[[Any], bool], str]
 

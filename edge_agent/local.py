@@ -12,12 +12,12 @@ import numpy as np
 from bmoe.inference.runner import Runner
 from bmoe.ledger.rules.combine import Choices, choose, combine
 from bmoe.ledger.rules.outputs import check_specs, tolerances_of
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.voting import NEUTRAL, Candidate, distance
 from bmoe.protocol.errors import BmoeError, InferenceError, UnavailableError
 from bmoe.protocol.messages import Release
 from bmoe.protocol.tensors import Tensor, take_rows
 from edge_agent.experts import Experts
-from edge_agent.models import Model
 
 FLOATS = ("float16", "float32", "float64")
 RUN_S = 30.0
@@ -30,14 +30,14 @@ class Local:
         self._experts, self._runner = experts, runner
         self._held: set[tuple[bytes, ...]] = set()
 
-    async def hold(self, model: Model) -> None:
+    async def hold(self, model: ReleasedModel) -> None:
         """Fetch what is missing of a model, and be ready to run it; raises as `Experts.get` and `Runner.start` do."""
         for release in _parts(model):
             await self._experts.get(release.digest)
         await self._runner.start()
         self._held.add(_key(model))
 
-    async def answer(self, model: Model, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    async def answer(self, model: ReleasedModel, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The model's outputs. Raises UnavailableError if the board does not hold all of it, and what the runner raises."""
         if _key(model) not in self._held:
             raise UnavailableError(f"this board does not hold all of model {model.statement.model} yet")
@@ -54,7 +54,9 @@ class Local:
             outputs.append(await self._run(model.experts[expert], inputs, len(mine)))
         return combine(model.statement.combine, Choices(chosen, weights, index, places), outputs, model.batch)
 
-    async def _choose(self, model: Model, tensors: Sequence[Tensor], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    async def _choose(
+        self, model: ReleasedModel, tensors: Sequence[Tensor], rows: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         if model.gate is None:
             return np.zeros((rows, 1), "<u2"), np.ones((rows, 1), "<f4")
         wanted = {spec[0] for spec in model.gate.inputs}  # a gate may look at some of the inputs alone
@@ -72,7 +74,7 @@ class Local:
         return result.outputs
 
 
-def differs(model: Model, local: Sequence[Tensor], verified: Sequence[Tensor]) -> bool:
+def differs(model: ReleasedModel, local: Sequence[Tensor], verified: Sequence[Tensor]) -> bool:
     """Whether a verified answer is another than the local one: further off than two honest boards can be.
 
     The tolerance of an output is the largest that any expert declares for it; d > 2 tells, as in a verdict.
@@ -97,9 +99,9 @@ def differs(model: Model, local: Sequence[Tensor], verified: Sequence[Tensor]) -
     return False
 
 
-def _parts(model: Model) -> list[Release]:
+def _parts(model: ReleasedModel) -> list[Release]:
     return [*model.experts, *([model.gate] if model.gate else [])]
 
 
-def _key(model: Model) -> tuple[bytes, ...]:
+def _key(model: ReleasedModel) -> tuple[bytes, ...]:
     return tuple(release.digest for release in _parts(model))

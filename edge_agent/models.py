@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import ConfigError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.files import write_durably
-from bmoe.protocol.messages import ModelRelease, Release, open_message
+from bmoe.protocol.messages import ModelRelease, open_message
 from bmoe.protocol.schema import is_name
 from bmoe.protocol.threads import in_thread
 from edge_agent.experts import Experts
@@ -20,25 +18,6 @@ from edge_agent.logs import event
 log = logging.getLogger("bmoe.agent")
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model's signed statement, and the releases of its gate, if it has one, and of its experts in order."""
-
-    statement: ModelRelease
-    gate: Release | None
-    experts: tuple[Release, ...]
-
-    @property
-    def batch(self) -> bool:
-        """Whether axis 0 of every tensor is the row axis."""
-        return self.experts[0].batch
-
-    @property
-    def inputs(self) -> Sequence[Sequence[Any]]:
-        """[name, dtype, dims with 0 for any] of each input."""
-        return self.experts[0].inputs
-
-
 class Models:
     """Fetches models' statements and keeps the last of each in a folder."""
 
@@ -46,7 +25,7 @@ class Models:
         self._folder, self._fleet, self._experts = folder, fleet, experts
         self._registrar, self._ledger = registrar, ledger
 
-    async def get(self, name: str) -> Model:
+    async def get(self, name: str) -> ReleasedModel:
         """The model as the gateway serves it now; if that cannot be reached, as it was kept.
 
         Raises RefusedError if the gateway has none of that name, UnavailableError where nothing is kept either.
@@ -58,7 +37,7 @@ class Models:
         except OSError as error:
             raise UnavailableError(f"model {name} cannot be stored: {error.strerror}") from None
 
-    def _get(self, name: str) -> Model:
+    def _get(self, name: str) -> ReleasedModel:
         path = self._folder / f"{name}.model"
         try:
             raw = self._fleet.get(f"/v1/models/{name}")
@@ -70,7 +49,7 @@ class Models:
             log.info(event("model_not_refreshed", model=name, reason=error))
             statement = self._checked(path.read_bytes(), name)
         gate = self._experts.release(statement.gate) if statement.gate else None
-        return Model(statement, gate, tuple(self._experts.release(digest) for digest in statement.experts))
+        return ReleasedModel(statement, gate, tuple(self._experts.release(digest) for digest in statement.experts))
 
     def _checked(self, raw: bytes, name: str) -> ModelRelease:
         sealed = open_message(ModelRelease, raw)

@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError
 from edge_agent.local import Local, differs
 from edge_agent.logs import event
-from edge_agent.models import Model, Models
+from edge_agent.models import Models
 from edge_agent.oip import fitted, infer_body, local_reply, outputs_of
 from edge_agent.requester import Requester
 from edge_agent.submissions import Submission, Submissions
@@ -54,7 +55,7 @@ Ask = Callable[[Question], Awaitable[dict[str, Any]]]
 class Source(Protocol):
     """Where requests come from."""
 
-    async def run(self, model: Model, ask: Ask) -> None:
+    async def run(self, model: ReleasedModel, ask: Ask) -> None:
         """Give requests to `ask`, which returns a reply, or raises InputError or RefusedError, until there are no more."""
         ...
 
@@ -79,7 +80,7 @@ class Asker:
         self._name, self._models, self._requester = name, models, requester
         self._submissions, self._local = submissions, local
         self._parameters, self._reply_s = parameters, reply_s
-        self._model: Model | None = None
+        self._model: ReleasedModel | None = None
         self._held = local is None
 
     async def run(self, source: Source) -> None:

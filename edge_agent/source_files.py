@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import MessageError
-from edge_agent.models import Model
 
 SUFFIXES = (".npy", ".npz", ".json", ".csv")
 # A member of an .npz may be packed: what it unpacks to is bounded, too.
 UNPACKED_FACTOR = 4
 
 
-def read_inputs(name: str, data: bytes, model: Model, limit: int) -> Mapping[str, Any]:
+def read_inputs(name: str, data: bytes, model: ReleasedModel, limit: int) -> Mapping[str, Any]:
     """Arrays by input name, or an infer body, from a file's bytes; raises MessageError.
 
     .npy: the model's one input. .npz: arrays by input name. .json: an infer body, or lists by input name. .csv: rows of
@@ -55,7 +55,7 @@ def _json(data: bytes) -> Mapping[str, Any]:
     return values
 
 
-def _csv(data: bytes, model: Model) -> np.ndarray:
+def _csv(data: bytes, model: ReleasedModel) -> np.ndarray:
     dims = list(model.inputs[0][2])
     if not data.strip():
         raise MessageError("the file is empty")
@@ -79,7 +79,7 @@ def _npz(data: bytes, limit: int) -> dict[str, np.ndarray]:
         return {name: arrays[name] for name in arrays.files}
 
 
-def _only_input(model: Model) -> str:
+def _only_input(model: ReleasedModel) -> str:
     if len(model.inputs) != 1:
         names = [spec[0] for spec in model.inputs]
         raise MessageError(f"the model has the inputs {names}: use .npz or .json, which name them")

@@ -18,11 +18,11 @@ import stat
 from pathlib import Path
 from typing import Any
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import ConfigError, InputError, RefusedError
 from bmoe.protocol.files import sync_folder, write_durably
 from bmoe.protocol.threads import in_thread
 from edge_agent.logs import event
-from edge_agent.models import Model
 from edge_agent.source import Ask, Outcome, Question
 from edge_agent.source_files import SUFFIXES, read_inputs
 
@@ -46,7 +46,7 @@ class FolderSource:
         except OSError as error:
             raise ConfigError(f"the folder {folder} cannot be watched: {error.strerror}") from None
 
-    async def run(self, model: Model, ask: Ask) -> None:
+    async def run(self, model: ReleasedModel, ask: Ask) -> None:
         """For ever: take up what an earlier run left in work, then whatever is dropped in."""
         for path in sorted(self._work.iterdir()):
             await self._serve(path, model, ask)
@@ -82,7 +82,7 @@ class FolderSource:
         sync_folder(self._folder)
         return path
 
-    async def _serve(self, path: Path, model: Model, ask: Ask) -> None:
+    async def _serve(self, path: Path, model: ReleasedModel, ask: Ask) -> None:
         """One file in work/, from its bytes to done/."""
         name = path.name
         data, identity, fault = await in_thread(lambda: _read(path, self._file_bytes))

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import ConfigError, InferenceError, InputError, RefusedError
 from bmoe.protocol.threads import in_thread
-from edge_agent.models import Model
 from edge_agent.oip import arrays_of, outputs_of
 from edge_agent.source import Ask, Outcome, Question
 
@@ -70,7 +70,7 @@ class HookSource:
             raise ConfigError(f"{function.__module__}:{function.__name__} must yield requests: it has no yield")
         self._function, self._verified = function, verified
 
-    async def run(self, model: Model, ask: Ask) -> None:
+    async def run(self, model: ReleasedModel, ask: Ask) -> None:
         """Give what the generator yields, one after the other, until it ends. Raises InferenceError if it fails."""
         generator: Iterator[Any] = self._function()
         answer: Answer | None = None

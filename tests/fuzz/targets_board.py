@@ -15,6 +15,7 @@ from mutate import spoil, spoil_json, spoil_message
 from target import MEGABYTE, Target, in_file, scratch
 
 from bmoe.client import read_answer
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.envelope import seal, split_envelope
 from bmoe.protocol.errors import (
     ConfigError,
@@ -35,7 +36,6 @@ from edge_agent.config import load_settings
 from edge_agent.fleet import pinned
 from edge_agent.identity import load_identity
 from edge_agent.join import _sent
-from edge_agent.models import Model
 from edge_agent.oip import fitted, outputs_of
 from edge_agent.source_files import read_inputs
 
@@ -153,13 +153,13 @@ def _vary_binary(random: Random, data: bytes) -> bytes:
 
 
 @functools.cache
-def _model() -> Model:
+def _model() -> ReleasedModel:
     """One input x float32 [N, 4]."""
     statement = ModelRelease(
         **gateway().common("registrar"), model="wearable", version=1, manifest=bytes(32), gate=b"",
         experts=(_release().digest,), top_k=1, combine="weighted_sum", issued_ms=0, cacheable=False,
     )  # fmt: skip
-    return Model(statement, None, (_release(),))
+    return ReleasedModel(statement, None, (_release(),))
 
 
 SUFFIXES = (".json", ".csv", ".npy", ".npz")

@@ -21,6 +21,7 @@ from target import MEGABYTE, Target, in_file
 from targets_ledger import ledger
 
 from bmoe.ledger.rules.outputs import Binding
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.envelope import seal, split_envelope
 from bmoe.protocol.errors import (
     BmoeError,
@@ -49,7 +50,7 @@ from coordinator.identity.directory import Directory
 from coordinator.identity.enrol import read_request
 from coordinator.identity.jwt import Issuer, read_claims
 from coordinator.intake import take_in
-from coordinator.jobs import Answered, Request, Result, ServedModel
+from coordinator.jobs import Answered, Request, Result
 from coordinator.receive import open_from, receive_output
 from coordinator.records import (
     Submission,
@@ -66,10 +67,10 @@ LIMIT = 256 * 1024
 
 
 @functools.cache
-def served() -> ServedModel:
+def served() -> ReleasedModel:
     """The toy model as the ledger has it: x float32 [N, 4] -> y float32 [N, 3]."""
     state = ledger().fleet.state
-    return ServedModel(state.models["toy"], None, (state.releases[TOY],))
+    return ReleasedModel(state.models["toy"], None, (state.releases[TOY],))
 
 
 def _json_body(data: bytes) -> None:
@@ -166,7 +167,7 @@ def _tokens_files() -> list[bytes]:
     return [format_admissions(whole), format_admissions(Admissions())]
 
 
-def _models(name: str, version: int) -> ServedModel:
+def _models(name: str, version: int) -> ReleasedModel:
     if (name, version) != ("toy", 1):
         raise MessageError("no such model")
     return served()

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from bmoe.inference.runner import ExpertFile, RunResult
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.messages import ModelRelease, Release
 from bmoe.protocol.tensors import Tensor
 from edge_agent.experts import Served
-from edge_agent.models import Model
 from edge_agent.oip import fitted, local_reply
 
 COMMON: dict[str, Any] = {"ledger": bytes(16), "epoch": 0, "author": "registrar", "seq": 1, "issued_ms": 1}
@@ -31,20 +31,20 @@ def release(
     )  # fmt: skip
 
 
-def model(*, experts: int = 3, gate: bool = True, top_k: int = 2, **shape: Any) -> Model:
+def model(*, experts: int = 3, gate: bool = True, top_k: int = 2, **shape: Any) -> ReleasedModel:
     parts = tuple(release(i + 1, **shape) for i in range(experts))
     found = release(99, outputs=(("scores", "float32", (0, experts)),)) if gate else None
     statement = ModelRelease(
         **COMMON, model="m", version=1, manifest=bytes(32), gate=found.digest if found else b"",
         experts=tuple(p.digest for p in parts), top_k=top_k, combine="weighted_sum", cacheable=False,
     )  # fmt: skip
-    return Model(statement, found, parts)
+    return ReleasedModel(statement, found, parts)
 
 
 class Experts:
     """A board that holds everything: an expert multiplies by its digit; the gate scores by position and first value."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ReleasedModel) -> None:
         self._releases = {r.digest: r for r in (*model.experts, *([model.gate] if model.gate else []))}
         self.missing: set[bytes] = set()
         self.runs = 0
@@ -104,5 +104,5 @@ def verified(client_id: str, outputs: np.ndarray) -> dict[str, Any]:
     return reply
 
 
-def inputs(values: Any, found: Model) -> tuple[Tensor, ...]:
+def inputs(values: Any, found: ReleasedModel) -> tuple[Tensor, ...]:
     return fitted({"x": values}, found.inputs, found.batch)

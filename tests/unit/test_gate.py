@@ -14,11 +14,12 @@ import pytest
 from inference_helpers import tensor
 
 from bmoe.inference.runner import Runner
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import InferenceError
 from bmoe.protocol.messages import ModelRelease, Release
 from bmoe.protocol.tensors import Tensor
 from coordinator.gate import Gate
-from coordinator.jobs import Request, ServedModel
+from coordinator.jobs import Request
 
 COMMON: dict[str, Any] = {"ledger": bytes(16), "epoch": 0, "author": "registrar", "seq": 1, "issued_ms": 1}
 EXPERTS = 3
@@ -36,7 +37,7 @@ def request_of(blobs: Path, gate: bytes, batch: bool, tensors: Sequence[Tensor],
         **COMMON, model="toy", version=1, manifest=bytes(32), gate=digest, experts=(bytes(32),) * EXPERTS, top_k=2,
         combine="weighted_sum", cacheable=False,
     )  # fmt: skip
-    model = ServedModel(statement, release, (release,) * EXPERTS)
+    model = ReleasedModel(statement, release, (release,) * EXPERTS)
     return Request(bytes(16), "public", model, tuple(tensors), rows, "referee", "decided", "", 1)
 
 

@@ -14,11 +14,12 @@ import pytest_asyncio
 from ledger_fixtures import TOY
 from rules_helpers import founded
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import ConfigError, MessageError, UnavailableError
 from bmoe.protocol.tensors import Tensor
 from bmoe.storage.group_commit import GroupCommit
 from coordinator import journal as module
-from coordinator.jobs import Answered, Request, Result, ServedModel
+from coordinator.jobs import Answered, Request, Result
 from coordinator.journal import Journal
 from coordinator.records import Submission, unpack_answered, unpack_request
 
@@ -40,14 +41,14 @@ async def journal(path: Path) -> AsyncIterator[Journal]:
 
 
 @pytest.fixture(scope="module")
-def model() -> ServedModel:
+def model() -> ReleasedModel:
     state = founded(1).state
     statement = next(iter(state.models.values()))
-    return ServedModel(statement, None, (state.releases[TOY],))
+    return ReleasedModel(statement, None, (state.releases[TOY],))
 
 
 @pytest.fixture
-def ask(model: ServedModel) -> Ask:
+def ask(model: ReleasedModel) -> Ask:
     numbers = iter(range(1, 1000))
 
     def make(client_id: str = "", tensor: Tensor = X, reply_to: str = "") -> Request:
@@ -69,8 +70,8 @@ def on_its_way() -> asyncio.Future[int]:
     return asyncio.get_running_loop().create_future()
 
 
-def opener(model: ServedModel) -> Callable[[str, int], ServedModel]:
-    def models(name: str, version: int) -> ServedModel:
+def opener(model: ReleasedModel) -> Callable[[str, int], ReleasedModel]:
+    def models(name: str, version: int) -> ReleasedModel:
         if (name, version) != (model.name, model.statement.version):
             raise MessageError("gone")
         return model
@@ -79,7 +80,7 @@ def opener(model: ServedModel) -> Callable[[str, int], ServedModel]:
 
 
 async def test_an_accepted_request_is_found_whole_by_the_next_run(
-    path: Path, journal: Journal, ask: Ask, model: ServedModel
+    path: Path, journal: Journal, ask: Ask, model: ReleasedModel
 ) -> None:
     request = ask("mine", reply_to="kitchen-pi")
     await journal.accepted(request)
@@ -92,7 +93,7 @@ async def test_an_accepted_request_is_found_whole_by_the_next_run(
 
 
 async def test_a_promise_lasts_with_the_very_entries_that_it_speaks_of(
-    path: Path, journal: Journal, ask: Ask, model: ServedModel
+    path: Path, journal: Journal, ask: Ask, model: ReleasedModel
 ) -> None:
     request, answered = ask(), answer(ask())
     answered = replace(answered, request=request)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from source_helpers import Experts, Gateway, inputs, model, verified
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.errors import ConfigError, InputError, MessageError, UnavailableError
 from bmoe.protocol.tensors import Tensor
 from edge_agent import source as source_module
 from edge_agent.local import Local, differs
-from edge_agent.models import Model
 from edge_agent.oip import arrays_of, fitted, infer_body, local_reply, outputs_of
 from edge_agent.requester import _judged
 from edge_agent.source import Ask, Asker, Outcome, Question
@@ -26,10 +26,10 @@ ONE = np.array([[1.0, 2.0]], np.float32)
 
 
 class Models:
-    def __init__(self, found: Model) -> None:
+    def __init__(self, found: ReleasedModel) -> None:
         self.found = found
 
-    async def get(self, name: str) -> Model:
+    async def get(self, name: str) -> ReleasedModel:
         return self.found
 
 
@@ -46,7 +46,7 @@ class Board:
         self.asker = Asker("m", Models(self.model), self.gateway, self.queue, own, {"wait": "final"}, 0.05)  # type: ignore[arg-type]
         self._ask: Ask
 
-    async def run(self, model: Model, ask: Ask) -> None:
+    async def run(self, model: ReleasedModel, ask: Ask) -> None:
         self.ready.set()
         await asyncio.Event().wait()
 
