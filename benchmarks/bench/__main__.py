@@ -6,10 +6,8 @@ Exit status: 0 with every figure measured and every compared answer right, 1 oth
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -17,15 +15,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-import httpx
-
 from benchmarks.bench.agents import pss_mb, start_seconds
 from benchmarks.bench.bodies import ENCODINGS
-from benchmarks.bench.figures import Case, Measured, grouped, last_line
+from benchmarks.bench.figures import Case, Measured, faults_of, grouped, last_line
 from benchmarks.bench.floor import primitives
 from benchmarks.bench.machine import machine
-from benchmarks.bench.measure import Bench, asking, worker_of
+from benchmarks.bench.measure import Bench, asking, offered_encoding, worker_of
 from benchmarks.bench.report import Circumstances, report
+from benchmarks.command import LOAD_BOUNDS, bearable, run_command, write_results
 from benchmarks.demo.steps import until_failure
 from benchmarks.demo.windows import MODEL
 from benchmarks.fleet import LocalFleet, specs
@@ -39,7 +36,6 @@ COMPARED = ("single", "referee")
 WARM_WITHIN_S = 30.0
 IDLE_S = 2.0
 RESTARTED = 3
-ERRORS_MAX = 0.01
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,24 +55,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run it; the last line is for machines."""
     given = parser().parse_args(argv)
-    if not (2 <= given.agents <= 64 and 1 <= given.rounds <= 50 and given.seconds >= 0.5 and 2 <= given.clients <= 512):
-        print("bench: expected 2..64 agents, 1..50 rounds, 2..512 clients, 0.5 s or more", file=sys.stderr)
+    if not bearable(given):
+        print(f"bench: {LOAD_BOUNDS}", file=sys.stderr)
         return 2
-    try:
-        return asyncio.run(_run(given))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("bench: interrupted; everything is stopped", file=sys.stderr)
-        return 130
-    except BmoeError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        return 1
+    return run_command("bench", lambda: _run(given))
 
 
 async def _run(given: argparse.Namespace) -> int:
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     outcome: list[int] = []
     root = Path(tempfile.mkdtemp(prefix="bmoe-bench-"))
     try:
@@ -127,8 +112,7 @@ async def _bench(given: argparse.Namespace, fleet: LocalFleet, outcome: list[int
         print(f"bench: {fault}", file=sys.stderr)
     line = last_line(figures, median(memory), median(starts))
     if given.write:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(f"# Results of `make bench`\n\n{text}\n```text\n{line}\n```\n", encoding="utf-8")
+        write_results(RESULTS, "Results of `make bench`", text, line)
     print(line)
     outcome.append(1 if faults else 0)
 
@@ -162,25 +146,6 @@ async def _stages(given: argparse.Namespace, bench: Bench) -> dict[str, Mapping[
             except UnavailableError as error:
                 return str(error)
     return found
-
-
-def faults_of(measured: list[Measured]) -> list[str]:
-    """What makes a run's figures worthless: wrong answers, or more failures than a few."""
-    wrong = [f"{m.case.policy} b{m.case.rows}: {text}" for m in measured for text in m.wrong]
-    failed = [
-        f"{m.case.policy} b{m.case.rows}: {count} of {m.done + count} requests failed: {text}"
-        for m in measured
-        for text, count in m.errors.items()
-        if sum(m.errors.values()) > ERRORS_MAX * m.done
-    ]
-    return wrong + failed
-
-
-async def offered_encoding(fleet: LocalFleet) -> str:
-    """The leanest form that the gateway says it takes."""
-    async with httpx.AsyncClient() as client:
-        extensions = (await client.get(f"{fleet.url}/v2")).json().get("extensions", [])
-    return "binary" if any("binary" in name for name in extensions) else "json"
 
 
 def _tell(line: str) -> None:

@@ -10,6 +10,7 @@ from statistics import median
 from bmoe.protocol.errors import InputError
 
 CLIENT, OTHERS = "client", "everything else on the machine"
+ERRORS_MAX = 0.01
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,18 @@ def grouped(measured: Iterable[Measured]) -> dict[Case, Figures]:
     for m in measured:
         rounds.setdefault(m.case, []).append(m)
     return {case: summed(of_case) for case, of_case in rounds.items()}
+
+
+def faults_of(measured: list[Measured]) -> list[str]:
+    """What makes a run's figures worthless: wrong answers, or more failures than a few."""
+    wrong = [f"{m.case.policy} b{m.case.rows}: {text}" for m in measured for text in m.wrong]
+    failed = [
+        f"{m.case.policy} b{m.case.rows}: {count} of {m.done + count} requests failed: {text}"
+        for m in measured
+        for text, count in m.errors.items()
+        if sum(m.errors.values()) > ERRORS_MAX * m.done
+    ]
+    return wrong + failed
 
 
 def find(figures: Mapping[Case, Figures], policy: str, rows: int, loaded: bool) -> Figures:

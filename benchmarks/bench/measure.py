@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 from benchmarks.bench.account import COORDINATOR, cpu_by_kind, used
 from benchmarks.bench.closed_loop import STRETCH
 from benchmarks.bench.figures import Case, Measured
@@ -166,3 +168,10 @@ class Bench:
         found = await asyncio.to_thread(self._client.statistics)
         executions = found["outputs"] + found["late_outputs"] + found["referee_executions"]
         return {"tasks": found["tasks"], "executions": executions, "undecided": found["undecided"]}
+
+
+async def offered_encoding(fleet: LocalFleet) -> str:
+    """The leanest form that the gateway says it takes."""
+    async with httpx.AsyncClient() as client:
+        extensions = (await client.get(f"{fleet.url}/v2")).json().get("extensions", [])
+    return "binary" if any("binary" in name for name in extensions) else "json"

@@ -6,18 +6,17 @@ Exit status: 0 when every claim held, 1 when one did not or something failed, 2 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import random
 import secrets
 import shutil
-import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.command import run_command
 from benchmarks.demo import summary
 from benchmarks.demo.board import Board
 from benchmarks.demo.steps import Plan, demonstrate, until_failure
@@ -50,21 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     if not (1 <= given.liars < given.agents <= 64 and 1 <= given.requests_rows <= 256):
         print("demo: expected 1 <= liars < agents <= 64 and 1 <= requests-rows <= 256", file=sys.stderr)
         return 2
-    try:
-        return asyncio.run(_run(given))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("demo: interrupted; everything is stopped and removed", file=sys.stderr)
-        return 130
-    except ConfigError as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 2
+    return run_command("demo", lambda: _run(given))
 
 
 async def _run(given: argparse.Namespace) -> int:
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     seed = secrets.randbits(32) if given.seed is None else given.seed
     dice = random.Random(seed)
     liars = set(dice.sample(range(given.agents), given.liars))

@@ -7,9 +7,7 @@ Exit status: 0 when every peer was measured or skipped for a reason and every co
 from __future__ import annotations
 
 import argparse
-import asyncio
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -18,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.bench.__main__ import faults_of, offered_encoding
 from benchmarks.bench.account import cpu_by_kind, used
 from benchmarks.bench.closed_loop import STRETCH
-from benchmarks.bench.figures import Case, Figures, Measured, grouped
+from benchmarks.bench.figures import Case, Figures, Measured, faults_of, grouped
 from benchmarks.bench.machine import machine
-from benchmarks.bench.measure import BEYOND_S, WARM_S, Asker, Bench, asking, worker_of
+from benchmarks.bench.measure import BEYOND_S, WARM_S, Asker, Bench, asking, offered_encoding, worker_of
+from benchmarks.command import LOAD_BOUNDS, bearable, run_command, write_results
 from benchmarks.demo.steps import until_failure
 from benchmarks.demo.windows import held_out
 from benchmarks.fleet import LocalFleet, specs
@@ -53,24 +51,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run it; the last line is for machines."""
     given = parser().parse_args(argv)
-    if not (2 <= given.agents <= 64 and 1 <= given.rounds <= 50 and given.seconds >= 0.5 and 2 <= given.clients <= 512):
-        print("peers: expected 2..64 agents, 1..50 rounds, 2..512 clients, 0.5 s or more", file=sys.stderr)
+    if not bearable(given):
+        print(f"peers: {LOAD_BOUNDS}", file=sys.stderr)
         return 2
-    try:
-        return asyncio.run(_run(given))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        print("peers: interrupted; everything is stopped", file=sys.stderr)
-        return 130
-    except BmoeError as error:
-        print(f"peers: {error}", file=sys.stderr)
-        return 1
+    return run_command("peers", lambda: _run(given))
 
 
 async def _run(given: argparse.Namespace) -> int:
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     root, outcome = Path(tempfile.mkdtemp(prefix="bmoe-peers-")), list[int]()
     try:
         model = single_expert(root / "model")
@@ -116,8 +103,7 @@ async def _compare(given: argparse.Namespace, fleet: LocalFleet, model: Path, ro
         print(f"peers: {fault}", file=sys.stderr)
     line = last_line(figures, [peer.name for peer in PEERS])
     if given.write:
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(f"# Results of `make bench-peers`\n\n{text}\n\n```text\n{line}\n```\n", encoding="utf-8")
+        write_results(RESULTS, "Results of `make bench-peers`", text, line)
     print(line)
     outcome.append(1 if faults or any(reason.startswith("failed") for reason in why.values()) else 0)
 

@@ -5,7 +5,6 @@ Mosquitto knows certificates, not names: to deny a name is to list every certifi
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import time
 from collections.abc import Callable
@@ -13,8 +12,8 @@ from pathlib import Path
 
 from cryptography import x509
 
-from bmoe.protocol.errors import ConfigError
 from coordinator.identity.admission import facts_of
+from coordinator.identity.database import open_kept
 from coordinator.identity.directory import Directory
 
 _SCHEMA = """
@@ -29,17 +28,7 @@ class Issued:
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ConfigError(
-                f"list of certificates {path} cannot be used: {error}: restore it, or delete it"
-            ) from error
+        self._db = open_kept(path, _SCHEMA, "list of certificates")
 
     def note(self, pem: bytes) -> None:
         """Keep a certificate's facts until its end."""

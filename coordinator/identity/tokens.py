@@ -6,14 +6,14 @@ import base64
 import hashlib
 import hmac
 import os
-import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe.protocol.encoding import encode
-from bmoe.protocol.errors import ConfigError, MessageError, RefusedError
+from bmoe.protocol.errors import MessageError, RefusedError
 from bmoe.protocol.schema import is_name
 from bmoe.protocol.text import is_plain
+from coordinator.identity.database import open_kept
 
 PREFIX = "bmoe1."
 ID_BYTES, SECRET_BYTES = 8, 16
@@ -56,15 +56,7 @@ class TokenStore:
     """Tokens in one SQLite file (0600), each change on disk when its call returns."""
 
     def __init__(self, path: Path) -> None:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        self._db = sqlite3.connect(path, isolation_level=None, timeout=5)
-        try:
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            self._db.execute(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise ConfigError(f"token store {path} cannot be used: {error}: restore it, or delete it") from error
+        self._db = open_kept(path, _SCHEMA, "token store")
 
     def create(self, name: str | None, owner: str, batch: str, ttl_s: int, now_ms: int) -> tuple[bytes, bytes]:
         """A new token's (id, secret), valid for `ttl_s` seconds; bound to `name` if given. Raises MessageError."""

@@ -1,9 +1,11 @@
-"""The fashion mixture in torch: gate, ten experts, and the rule that combines them (the coordinator's rule, exactly)."""
+"""The fashion mixture in torch: gate and ten experts, put together for training."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from models.mixing import mix
 
 EXPERTS, TOP_K, CLASSES, SIDE = 10, 3, 10, 28
 
@@ -12,6 +14,7 @@ class Grey(nn.Module):
     """Bytes [N, 28, 28] to numbers [N, 1, 28, 28] of mean about 0: clients send the picture as it is."""
 
     def forward(self, image: Tensor) -> Tensor:
+        """Bytes uint8 [N, 28, 28] to float [N, 1, 28, 28]."""
         # In the parameters' own type, which calibration makes float64.
         return (image.to(self.scale.dtype) * self.scale - 1.0).unsqueeze(1)
 
@@ -46,20 +49,4 @@ class Mixture(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (mixed probabilities [N, 10], gate scores [N, 10])."""
-        scores = torch.softmax(self.gate(image), dim=1)
-        top, chosen = scores.topk(TOP_K, dim=1)
-        weights = top / top.sum(dim=1, keepdim=True)
-        mixed = weights.new_zeros(len(image), CLASSES)
-        for number, expert in enumerate(self.experts):
-            rows, slots = (chosen == number).nonzero(as_tuple=True)
-            if len(rows):
-                answer = torch.softmax(expert(image[rows]), dim=1)
-                mixed = mixed.index_add(0, rows, weights[rows, slots, None] * answer)
-        return mixed, scores
-
-
-def balance_loss(scores: Tensor) -> Tensor:
-    """1 when all experts get equal work, up to EXPERTS when one gets all (arXiv 2101.03961, equation 4, for top-k)."""
-    chosen = scores.topk(TOP_K, dim=1).indices
-    share = torch.bincount(chosen.flatten(), minlength=EXPERTS) / chosen.numel()
-    return EXPERTS * (share * scores.mean(dim=0)).sum()
+        return mix(self.gate, self.experts, image, TOP_K, CLASSES)

@@ -12,10 +12,11 @@ from pathlib import Path
 import data
 import numpy as np
 import torch
-from network import SIDE, TOP_K, Mixture, balance_loss
+from network import SIDE, TOP_K, Mixture
 from torch import Tensor
 
 from models import exporting
+from models.mixing import balance_loss
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 3e-3, 1e-2
 BALANCE = 0.1
@@ -45,7 +46,7 @@ def train(image: Tensor, label: Tensor, epochs: int, seed: int) -> Mixture:
         for rows in torch.randperm(len(image), generator=draw).split(BATCH):
             mixed, scores = mixture(image[rows])
             right = torch.log(mixed + 1e-9).gather(1, label[rows, None]).mean()
-            loss = -right + BALANCE * balance_loss(scores)
+            loss = -right + BALANCE * balance_loss(scores, TOP_K)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

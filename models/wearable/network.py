@@ -1,9 +1,10 @@
-"""The wearable mixture in torch: gate, experts, and the rule that combines them (the coordinator's rule, exactly)."""
+"""The wearable mixture in torch: gate and experts, put together for training."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from models.mixing import mix
 
 EXPERTS, TOP_K, CLASSES, AXES = 6, 2, 7, 6
 
@@ -17,6 +18,7 @@ class Normalise(nn.Module):
         self.register_buffer("scale", 1.0 / std.reshape(1, AXES, 1))
 
     def forward(self, window: Tensor) -> Tensor:
+        """Windows [N, 6, 100] of the watch's units to numbers of mean 0 and deviation 1 on each axis."""
         return (window - self.mean) * self.scale
 
 
@@ -46,20 +48,4 @@ class Mixture(nn.Module):
 
     def forward(self, window: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (mixed probabilities [N, 7], gate scores [N, 6])."""
-        scores = torch.softmax(self.gate(window), dim=1)
-        top, chosen = scores.topk(TOP_K, dim=1)
-        weights = top / top.sum(dim=1, keepdim=True)
-        mixed = window.new_zeros(len(window), CLASSES)
-        for number, expert in enumerate(self.experts):
-            rows, slots = (chosen == number).nonzero(as_tuple=True)
-            if len(rows):
-                answer = torch.softmax(expert(window[rows]), dim=1)
-                mixed = mixed.index_add(0, rows, weights[rows, slots, None] * answer)
-        return mixed, scores
-
-
-def balance_loss(scores: Tensor) -> Tensor:
-    """1 when all experts get equal work, up to EXPERTS when one gets all (arXiv 2101.03961, equation 4, for top-k)."""
-    chosen = scores.topk(TOP_K, dim=1).indices
-    share = torch.bincount(chosen.flatten(), minlength=EXPERTS) / chosen.numel()
-    return EXPERTS * (share * scores.mean(dim=0)).sum()
+        return mix(self.gate, self.experts, window, TOP_K, CLASSES)

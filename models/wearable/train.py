@@ -14,8 +14,10 @@ import data
 import numpy as np
 import torch
 from export import export
-from network import TOP_K, Mixture, balance_loss
+from network import TOP_K, Mixture
 from torch import Tensor
+
+from models.mixing import balance_loss
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 3e-3, 1e-2
 BALANCE, SMOOTHING = 0.2, 0.05
@@ -53,7 +55,7 @@ def train(window: Tensor, label: Tensor, epochs: int, seed: int) -> Mixture:
             mixed, scores = mixture(disturb(window[rows], draw))
             logs = torch.log(mixed + 1e-9)
             right = logs.gather(1, label[rows, None]).mean()
-            loss = -(1 - SMOOTHING) * right - SMOOTHING * logs.mean() + BALANCE * balance_loss(scores)
+            loss = -(1 - SMOOTHING) * right - SMOOTHING * logs.mean() + BALANCE * balance_loss(scores, TOP_K)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

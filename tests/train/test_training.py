@@ -6,7 +6,6 @@ Run by `make test-train`, in an environment with torch, onnx and seglearn.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scripts import by_path
 
 torch = pytest.importorskip("torch", reason="training needs torch")
 pytest.importorskip("onnx", reason="exporting needs onnx")
@@ -27,14 +27,6 @@ from bmoe.storage.manifest import Expert, Model, load_model, parts, read_part  #
 ROOT = Path(__file__).resolve().parents[2]
 WEARABLE = ROOT / "models" / "wearable"
 EPOCHS = "1"
-
-
-def by_path(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def retrain(out: Path) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import typer.main
+from scripts import by_path
 
 from bmoe.ledger.audit import _parser as audit_parser
 from bmoe.ledger.rules.standing import Standing
@@ -35,15 +34,6 @@ GROUPS = ("token", "device", "api-token", "tenant")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
 
-def load_tables() -> ModuleType:
-    """docs/tables.py, which is no package's."""
-    spec = importlib.util.spec_from_file_location("docs_tables", ROOT / "docs" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def documents() -> pytest.MarkDecorator:
     return pytest.mark.parametrize("name", list(TEXTS))
 
@@ -53,16 +43,16 @@ def documents() -> pytest.MarkDecorator:
 
 @documents()
 def test_a_table_that_the_code_has_outgrown_is_noticed(name: str) -> None:
-    assert load_tables().renewed(TEXTS[name]) == TEXTS[name], "run `python docs/tables.py`"
+    assert by_path(ROOT / "docs" / "tables.py").renewed(TEXTS[name]) == TEXTS[name], "run `python docs/tables.py`"
 
 
 def test_every_table_stands_in_a_document() -> None:
-    tables = load_tables()
+    tables = by_path(ROOT / "docs" / "tables.py")
     assert set(tables.TABLES) == {found[2] for text in TEXTS.values() for found in tables.BLOCK.finditer(text)}
 
 
 def test_a_table_made_anew_replaces_what_was_edited_by_hand() -> None:
-    tables = load_tables()
+    tables = by_path(ROOT / "docs" / "tables.py")
     block = "<!-- begin policies -->\n| `honest` |\n<!-- end policies -->"
     assert "`referee` 1" in tables.renewed(block) and "honest" not in tables.renewed(block)
 

@@ -7,14 +7,13 @@ import itertools
 import os
 import resource
 import time
-from collections.abc import AsyncIterator, Callable
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_models as models
 import pytest
-from inference_helpers import MEMORY_MB, Store, assert_serves, put, tensor
+from inference_helpers import MEMORY_MB, Store, assert_serves, tensor
 from onnx_models import BOOL, FLOAT, INT64, field, fields, graph, model, node, value, varint
 
 from bmoe.inference.runner import ExpertFile, Runner
@@ -22,17 +21,6 @@ from bmoe.protocol.errors import InferenceError, ModelError
 
 X = tensor("x", np.zeros(2, np.float32))
 OURS_MB = 48  # what this process may grow by while its child is being hurt
-
-
-@pytest.fixture
-async def runner() -> AsyncIterator[Runner]:
-    async with Runner(memory_mb=MEMORY_MB) as started:
-        yield started
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return partial(put, tmp_path)
 
 
 def claimed_tensor(name: str, dims: tuple[int, ...], raw: bytes = b"") -> bytes:

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx_models as models
 import pytest
-from inference_helpers import MEMORY_MB, Store, assert_serves, put, tensor
+from inference_helpers import MEMORY_MB, Store, assert_serves, tensor
 
 from bmoe.inference.runner import Runner
 from bmoe.protocol.errors import InferenceError, ModelError
-
-
-@pytest.fixture
-async def runner() -> AsyncIterator[Runner]:
-    async with Runner(memory_mb=MEMORY_MB) as started:
-        yield started
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return partial(put, tmp_path)
 
 
 def resident_mb(pid: int | None) -> int:

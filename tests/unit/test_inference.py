@@ -6,8 +6,6 @@ import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,6 @@ from inference_helpers import (
     Store,
     assert_serves,
     in_process,
-    put,
     rows,
     tensor,
 )
@@ -27,17 +24,6 @@ from bmoe.inference import sessions
 from bmoe.inference.runner import ExpertFile, Runner
 from bmoe.protocol.errors import ConfigError, InferenceError, InputError, ModelError
 from bmoe.protocol.tensors import Tensor
-
-
-@pytest.fixture
-async def runner() -> AsyncIterator[Runner]:
-    async with Runner(memory_mb=MEMORY_MB) as started:
-        yield started
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return partial(put, tmp_path)
 
 
 async def test_outputs_are_bit_for_bit_those_of_onnxruntime_in_the_sessions_order(runner: Runner, store: Store) -> None:

@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,6 @@ from inference_helpers import (
     assert_serves,
     busy,
     cpu_seconds,
-    put,
     rows,
     slow_inputs,
     tensor,
@@ -30,17 +27,6 @@ from inference_helpers import (
 
 from bmoe.inference.runner import Runner
 from bmoe.protocol.errors import ConfigError, InferenceError, UnavailableError
-
-
-@pytest.fixture
-async def runner() -> AsyncIterator[Runner]:
-    async with Runner(memory_mb=MEMORY_MB) as started:
-        yield started
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return partial(put, tmp_path)
 
 
 async def test_an_expert_stuck_in_native_code_is_killed_and_the_event_loop_never_waited(

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import io
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import by_path
 
 from bmoe.protocol.errors import ConfigError, ManifestError
 from bmoe.storage import packaged as packaged_module
@@ -274,14 +273,6 @@ def test_the_wheel_ships_every_file_the_manifest_names() -> None:
 
 
 # --- the wearable model --------------------------------------------------------------------------------------------
-
-
-def by_path(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def infer(expert: Expert, window: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from scripts import by_path
 
 from bmoe.protocol.errors import ConfigError, InputError, RefusedError, UnavailableError
 from bmoe.protocol.figures import BOUNDS, FILE_BYTES, Seconds, read_figures, write_figures
@@ -175,10 +175,7 @@ def test_every_alert_speaks_of_metrics_and_labels_that_exist() -> None:
 
 
 def test_every_event_that_an_alert_waits_for_is_logged_somewhere() -> None:
-    spec = importlib.util.spec_from_file_location("docs_test", ROOT / "tests" / "unit" / "test_docs.py")
-    assert spec is not None and spec.loader is not None
-    docs = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(docs)
+    docs = by_path(ROOT / "tests" / "unit" / "test_docs.py")
     for matched in re.findall(r'event=~?"([^"]*)"', " ".join(expressions())):
         assert set(matched.split("|")) <= docs.events("coordinator/"), matched
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import io
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripts import by_path
 from source_helpers import model, verified
 
 from bmoe.protocol.errors import ConfigError, InputError, MessageError
@@ -255,10 +255,7 @@ def test_no_bytes_do_worse_than_be_refused(suffix: str, data: bytes) -> None:
 def test_the_serial_example_makes_windows_of_what_a_sensor_sends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec = importlib.util.spec_from_file_location("serial_sensor", EXAMPLES / "serial_sensor.py")
-    assert spec is not None and spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = by_path(EXAMPLES / "serial_sensor.py")
     sensor, line = pty.openpty()
     monkeypatch.setenv("SENSOR_PORT", os.ttyname(line))
     source = example.readings()
