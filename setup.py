@@ -27,6 +27,7 @@ class BuildWithData(build_py):
     """build_py that also copies the data. An editable install copies nothing: there the checkout itself is read."""
 
     def run(self) -> None:
+        """Build, then copy the data files to where `packaged` looks for them."""
         super().run()
         if not self.editable_mode:
             for name in shipped_files(ROOT):

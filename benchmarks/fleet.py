@@ -152,6 +152,7 @@ class LocalFleet:
         with_client = self.client()
 
         async def enough() -> bool:
+            """Whether so many are online now, noting who has been."""
             rows = await asyncio.to_thread(with_client.fleet)
             online.update(row["agent"] for row in rows if row["online"])
             return sum(row["online"] for row in rows) >= count

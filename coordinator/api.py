@@ -57,6 +57,7 @@ def build_api(gateway: Gateway) -> App:
 
 def _guarded(gateway: Gateway, handler: Answering, who: int) -> Callable[[Request], Awaitable[Response]]:
     async def guarded(request: Request) -> Response:
+        """Who may not ask is refused; an error of ours becomes its status and one line of JSON."""
         try:
             given, now = request.headers.get("authorization"), time.monotonic()
             if who >= TENANT:
@@ -79,6 +80,7 @@ def take_mqtt_requests(gateway: Gateway) -> MqttRequests:
     """Answer what devices publish as requests, from now on, as HTTP clients are answered."""
 
     async def answer(device: str, model: str, body: bytes, where: str) -> dict[str, Any]:
+        """Answer a device's request as its owner's, within the same bounds as over HTTP."""
         if len(body) > gateway.settings.body_bytes:
             raise LimitError(f"the body exceeds {gateway.settings.body_bytes} bytes")
         tenant = gateway.access.owner(owner(device))

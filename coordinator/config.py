@@ -132,6 +132,7 @@ class GatewaySettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags before the environment, before gateway.toml in the state directory."""
         state = init_settings.init_kwargs.get("state") or os.environ.get("BMOE_STATE") or "./state"  # type: ignore[attr-defined]
         toml = TomlConfigSettingsSource(settings_cls, Path(state) / "gateway.toml")
         return init_settings, env_settings, toml

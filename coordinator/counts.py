@@ -72,6 +72,7 @@ def counted(
 
     @functools.wraps(infer)
     async def counting(self: S, model: str, body: Any, tenant: str, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Count a request in, and out by what became of it."""
         began = time.perf_counter()
         try:
             answered = await infer(self, model, body, tenant, *args, **kwargs)

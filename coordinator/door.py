@@ -173,6 +173,7 @@ class Guest(HttpToolsProtocol):
         self._unread_since: float | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """The peer's certificate becomes the application's to see, and the first head's time begins."""
         super().connection_made(transport)
         tls = transport.get_extra_info("ssl_object")
         self.app_state = {**self.app_state, "peer": tls.getpeercert(binary_form=True) if tls else None}
@@ -180,10 +181,12 @@ class Guest(HttpToolsProtocol):
         self._place.guest = self
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
         self._keeper.leave(self._place)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        """Take bytes, but not more beside bodies than a head may have."""
         if self.transport.is_closing():
             return
         self._received += len(data)
@@ -200,36 +203,43 @@ class Guest(HttpToolsProtocol):
         )
 
     def on_message_begin(self) -> None:
+        """A head begins: it has its time."""
         self._received = self._of_bodies = 0
         if self.free_since is not None:
             self._head_by = self.loop.time() + HEAD_S
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
+        """A request is in work: its place cannot be taken."""
         if len(self.pipeline) >= PIPELINED:
             raise ValueError("too many requests at once")  # httptools tells uvicorn of a bad request
         self._head_by = self.free_since = None
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        """Count what belongs to bodies."""
         self._of_bodies += len(body)
         super().on_body(body)
 
     def on_response_complete(self) -> None:
+        """Answered: from now on the place is free, unless more is asked."""
         more = bool(self.pipeline)
         super().on_response_complete()
         if not more:
             self.free_since = self.loop.time()
 
     def pause_writing(self) -> None:
+        """The guest does not read: it has so long to begin."""
         self._unread_since = self.loop.time()
         super().pause_writing()
 
     def resume_writing(self) -> None:
+        """It reads again."""
         self._unread_since = None
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
+        """Answer what is no request in JSON, like every other error."""
         self._refuse(400, "this is not an HTTP request, or more of them at once than are taken")
 
     def _refuse(self, status: int, reason: str) -> None:

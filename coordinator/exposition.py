@@ -28,6 +28,7 @@ class _Collector(Collector):
         return [_family(metric, ()) for metric in METRICS]
 
     def collect(self) -> Iterator[Family]:
+        """Every metric, read at the moment of asking."""
         reading = self._look()
         for metric in METRICS:
             yield _family(metric, metric.read(reading))
@@ -46,6 +47,7 @@ def metrics_app(registry: CollectorRegistry) -> Callable[..., Awaitable[None]]:
     """An ASGI application that answers GET /metrics. One thread reads what the same thread counts: the event loop's."""
 
     async def app(scope: dict[str, Any], receive: Any, send: Callable[[dict[str, Any]], Awaitable[None]]) -> None:
+        """GET /metrics, and nothing else."""
         found = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] == "/metrics"
         status, kind, body = 404, "text/plain", b"GET /metrics\n"
         if found:

@@ -112,6 +112,7 @@ class Latecomers:
             self._fleet.suspect(agent)
 
     def equivocated(self, agent: str, task: bytes, first: bytes, second: bytes) -> None:
+        """An agent has signed two outputs for one task: ask it no more, and enter both as the proof."""
         if self._fleet.of(agent).may_warn(time.monotonic()):
             log.warning("equivocation", agent=agent, task=task.hex())
         self._fleet.suspect(agent)

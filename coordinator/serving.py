@@ -27,13 +27,15 @@ class _Server(uvicorn.Server):
         self.ready = asyncio.Event()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.servers = []  # the doorkeeper lets callers in
+        """Start without sockets of uvicorn's own: connections come from our door."""
+        self.servers = []
         self.started = True
         self.ready.set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals are the process's business
+        """Leave signals to the process that we serve in."""
+        yield
 
 
 @contextlib.asynccontextmanager

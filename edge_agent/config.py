@@ -68,6 +68,7 @@ class AgentSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags before the environment, before the configuration file."""
         given: dict[str, Any] = init_settings.init_kwargs  # type: ignore[attr-defined]
         state = given.get("state") or os.environ.get("BMOE_AGENT_STATE") or default_state()
         file = given.get("config") or os.environ.get("BMOE_AGENT_CONFIG") or Path(state) / "agent.toml"

@@ -32,6 +32,7 @@ class _Json(logging.Formatter):
     """Lines in the form of the gateway's: `timestamp`, `level`, `event` and the facts."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """One record as one line of JSON."""
         import json
 
         facts = record.msg.facts if isinstance(record.msg, Event) else {"event": record.getMessage()}

@@ -17,7 +17,9 @@ log = logging.getLogger("bmoe.agent")
 class Publisher(Protocol):
     """What reporting needs of the link."""
 
-    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]: ...
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]:
+        """Publish a message, and tell when the broker has it."""
+        ...
 
 
 class Reporter:

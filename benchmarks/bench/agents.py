@@ -31,6 +31,7 @@ async def start_seconds(fleet: LocalFleet, names: Sequence[str]) -> list[float]:
         return any(row["agent"] == name and row["online"] for row in await asyncio.to_thread(client.fleet))
 
     async def until(name: str, wanted: bool) -> None:
+        """Wait until the gateway holds an agent to be online, or not to be; raises UnavailableError."""
         deadline = time.monotonic() + WITHIN_S
         while await online(name) != wanted:
             if time.monotonic() > deadline:

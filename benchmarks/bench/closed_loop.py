@@ -41,6 +41,7 @@ class Connection(asyncio.Protocol):
         self.number = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep what is written to."""
         self.transport: asyncio.WriteTransport = transport  # type: ignore[assignment]
 
     def send(self, number: int, request: bytes) -> None:
@@ -65,6 +66,7 @@ class Connection(asyncio.Protocol):
             self._finished(self, int(head[9:12]), head, body)
 
     def connection_lost(self, error: Exception | None) -> None:
+        """Tell of it if an answer was still owed."""
         if self._waiting:  # a server may well end a connection that is done
             self._lost()
 
@@ -97,6 +99,7 @@ async def run(
     in_flight, ended = connections, loop.create_future()
 
     def finished(connection: Connection, status: int, head: bytes, body: bytes) -> None:
+        """Count an answer, judge it if it is to be compared, and send the connection's next request while there is time."""
         nonlocal in_flight
         now = time.perf_counter()
         measuring = now < end or (len(seen.latencies_ms) < connections and now < latest)
@@ -117,6 +120,7 @@ async def run(
                 idle.set()
 
     def lost() -> None:
+        """Fail the run: an answer is owed that will never come."""
         if not ended.done():
             ended.set_exception(UnavailableError("the server closed a connection with a request in flight"))
 

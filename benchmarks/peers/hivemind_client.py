@@ -53,6 +53,7 @@ class Client:
         samples: list[tuple[np.ndarray, np.ndarray]] = []
 
         async def one() -> None:
+            """One client that asks again and again until the end; it counts only what is answered within the time."""
             nonlocal done
             while (sent := time.perf_counter()) < end:
                 inputs = self._inputs(rows)

@@ -35,6 +35,7 @@ def main() -> None:
             super().__init__()
 
         def forward(self, windows: torch.Tensor) -> torch.Tensor:
+            """Probabilities [N, classes] of windows [N, *ROW], by onnxruntime."""
             return torch.from_numpy(session.run(None, {"window": windows.numpy()})[0])
 
     name_to_block["onnx"], name_to_input["onnx"] = Expert, lambda rows, hidden: torch.empty((rows, *ROW))

@@ -105,6 +105,7 @@ def open_expert(data: bytes, variant: str = "") -> Expert:
 
 
 def slots(side: str, declared: Sequence[onnxruntime.NodeArg]) -> tuple[Slot, ...]:
+    """A session's inputs or outputs as what is checked at each call; raises ModelError for what cannot be carried."""
     for arg in declared:
         if arg.type not in DTYPES:
             raise ModelError(f"{side} {arg.name!r} is a {arg.type}, expected one of {', '.join(DTYPES)}")
@@ -131,6 +132,7 @@ def feeds(expert: Expert, parts: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fits(declared: Sequence[int | str | None], dims: Sequence[int]) -> bool:
+    """Whether an array's dims are those declared, an int being fixed and a name or None open."""
     if not declared:  # a scalar or an unknown rank: onnxruntime shows both alike, and checks neither
         return True
     return len(declared) == len(dims) and all(
@@ -139,6 +141,7 @@ def fits(declared: Sequence[int | str | None], dims: Sequence[int]) -> bool:
 
 
 def shown(dtype: str, dims: Sequence[int | str | None]) -> str:
+    """A type and dims as errors spell them, such as float32[?, 6, 100]."""
     return f"{dtype}[{', '.join('?' if dim is None else str(dim) for dim in dims)}]"
 
 
@@ -164,6 +167,7 @@ def run_expert(expert: Expert, parts: Sequence[np.ndarray]) -> list[bytes]:
 
 
 def output_parts(slot: Slot, array: np.ndarray) -> list[bytes]:
+    """An output's header and bytes for the pipe; raises InferenceError for what the protocol cannot carry."""
     try:
         tensor_bytes(slot.dtype, array.shape)
     except MessageError as error:

@@ -54,6 +54,7 @@ class Cache:
         return framing.DONE, sessions.run_expert(self.experts[digest], parts)
 
     def load(self, digest: bytes, path: str) -> None:
+        """Open an expert's session unless it is open, in place of the one longest unused; raises ModelError."""
         if digest in self.experts:
             return
         while len(self.experts) >= self.max_sessions:
@@ -78,6 +79,7 @@ def reply_to(cache: Cache, kind: int, digest: bytes, parts: Sequence[np.ndarray]
 
 
 def error_reply(error: BmoeError) -> Reply:
+    """What the runner is told of an error: its kind, and one short line."""
     kind = next(kind for kind, known in framing.ERRORS.items() if isinstance(error, known))
     text = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
     return kind, [text.encode(errors="backslashreplace")]
@@ -109,6 +111,7 @@ def read_request(stream: BufferedRWPair) -> tuple[int, bytes, list[np.ndarray] |
 
 
 def skip(stream: BufferedRWPair, size: int) -> None:
+    """Read so many bytes and forget them."""
     while size > 0 and (piece := stream.read(min(size, PIECE_BYTES))):
         size -= len(piece)
 
@@ -122,6 +125,7 @@ def serve(stream: BufferedRWPair, cache: Cache) -> None:
 
 
 def send(stream: BufferedRWPair, kind: int, parts: Sequence[bytes]) -> None:
+    """Write one frame."""
     stream.writelines(framing.encode(kind, parts))
     stream.flush()
 
@@ -152,6 +156,7 @@ def limit_resources(max_bytes: int) -> None:
 
 
 def main() -> None:
+    """Serve the runner on stdin and stdout until it ends."""
     parent, memory_mb, max_sessions, nice = map(int, sys.argv[1:5])
     for ignored in (signal.SIGINT, signal.SIGTERM):  # sent to the whole group; the runner decides
         signal.signal(ignored, signal.SIG_IGN)

@@ -123,6 +123,7 @@ class Connection:
             future.result()
 
     def publish(self, topic: str, payload: bytes, qos: int, retain: bool) -> asyncio.Future[None]:
+        """Publish, as the loop that owns the connection; see Link.publish."""
         size = len(payload)
         if self.over.done() or self._sock is None:
             return failed(UnavailableError("the link is down"))
@@ -156,6 +157,7 @@ class Connection:
 
     # paho's logger: the one place where it says why a read or a write failed.
     def log(self, level: int, _format: str, *arguments: object) -> None:
+        """Take a line of paho's own log."""
         if level >= logging.ERROR and arguments:
             self._detail = str(arguments[-1])
 
@@ -298,6 +300,7 @@ def quiet(future: asyncio.Future[None]) -> asyncio.Future[None]:
 
 
 def failed(error: Exception) -> asyncio.Future[None]:
+    """A future that has failed already, and complains to nobody who does not look."""
     future = quiet(asyncio.get_running_loop().create_future())
     future.set_exception(error)
     return future

@@ -32,11 +32,14 @@ def parse_json(data: bytes, cap: int) -> Any:
 
 
 def wrong(path: str, expected: str, value: object) -> ManifestError:
+    """The error that names a place in the file, what was expected there, and what was found."""
     shown = repr(value)
     return ManifestError(f"{path}: expected {expected}, got {shown if len(shown) <= 80 else shown[:80] + '...'}")
 
 
 def integer(low: int, high: int) -> Read:
+    """Reads an int within low..high; a bool is none."""
+
     def read(value: Any, path: str) -> int:
         if type(value) is not int or not low <= value <= high:  # a bool is an int to isinstance
             raise wrong(path, f"an integer {low}..{high}", value)
@@ -46,6 +49,8 @@ def integer(low: int, high: int) -> Read:
 
 
 def text(pattern: re.Pattern[str], what: str) -> Read:
+    """Reads a string that the pattern matches in whole."""
+
     def read(value: Any, path: str) -> str:
         if not isinstance(value, str) or not pattern.fullmatch(value):
             raise wrong(path, what, value)
@@ -55,6 +60,8 @@ def text(pattern: re.Pattern[str], what: str) -> Read:
 
 
 def one_of(*choices: object) -> Read:
+    """Reads one of these values, of the same type."""
+
     def read(value: Any, path: str) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             raise wrong(path, f"one of {', '.join(map(repr, choices))}", value)
@@ -64,6 +71,8 @@ def one_of(*choices: object) -> Read:
 
 
 def list_of(each: Read, low: int, high: int) -> Read:
+    """Reads a list of low..high items as a tuple."""
+
     def read(value: Any, path: str) -> tuple[Any, ...]:
         if not isinstance(value, list) or not low <= len(value) <= high:
             shown = f"a list of {len(value)}" if isinstance(value, list) else value
@@ -74,6 +83,7 @@ def list_of(each: Read, low: int, high: int) -> Read:
 
 
 def or_null(each: Read) -> Read:
+    """Reads null as None."""
     return lambda value, path: None if value is None else each(value, path)
 
 

@@ -13,6 +13,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
+    """Bind this process to its parent's life, then become the program that argv names."""
     # SIGKILL and not SIGTERM: a child that hangs in its handler would outlive us, and all it keeps survives a kill.
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         sys.exit(f"prctl(PR_SET_PDEATHSIG) failed: {os.strerror(ctypes.get_errno())}")

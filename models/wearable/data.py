@@ -79,6 +79,7 @@ class _ArraysOnly(pickle.Unpickler):
     """Admits the four names a pickled numpy array needs, so a planted pickle can run nothing."""
 
     def find_class(self, module: str, name: str) -> Any:
+        """Admit what numpy arrays are made of; raises pickle.UnpicklingError for all else."""
         known = {
             # Taken from a live array: the module has another name in numpy 1 than in numpy 2.
             ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],

@@ -34,6 +34,8 @@ class AuditedVerdict:
 
 @dataclass(frozen=True)
 class Statements:
+    """The signed statements a receipt carries: members by name, releases by expert digest, and models."""
+
     members: dict[str, Member]
     releases: dict[bytes, Release]
     models: tuple[ModelRelease, ...]
@@ -50,6 +52,7 @@ class SignedVerdict:
 
 
 def check_signatures(index: int, verdict: Verdict, statements: Statements) -> SignedVerdict:
+    """The verdict's outputs, each verified and bound to its task; raises ProofError, naming what is wrong."""
     binding = Binding(verdict.task, verdict.expert, verdict.input_root, verdict.rows)
     outputs = tuple(_verified(o, binding, statements, ("agent",)) for o in verdict.outputs)
     authors = [o.header.author for o in outputs]
@@ -74,6 +77,7 @@ def _verified(envelope: bytes, binding: Binding, statements: Statements, roles: 
 
 
 def all_outputs(signed: SignedVerdict) -> tuple[Sealed[Output], ...]:
+    """Every output of the verdict, its referee's last."""
     return signed.outputs + ((signed.referee,) if signed.referee else ())
 
 
