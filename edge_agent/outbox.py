@@ -155,7 +155,7 @@ class Outbox:
         self.floor_ms = floor  # at once: while the commit runs, none of them may be admitted again
         try:
             await self._in_thread(lambda: self._commit(gone, marks, rows, floor, reserve))
-        except sqlite3.Error as error:
+        except Exception as error:  # of the disk or not: whoever waits must hear of it
             self._marks = marks + self._marks
             for task in gone:  # taken off the heap, but still there
                 heapq.heappush(self._by_deadline, (self._kept[task].deadline_ms, task))

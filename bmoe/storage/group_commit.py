@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +17,14 @@ from typing import Any, TypeVar
 
 from bmoe.protocol.errors import ConfigError, UnavailableError
 
+log = logging.getLogger("bmoe.storage")
 # One statement for several rows of values.
 Op = tuple[str, Sequence[Sequence[Any]]]
+# Statements that stand or fall together, and who awaits them: None where nobody does.
+Waiting = tuple[Sequence[Op], "asyncio.Future[None] | None"]
 LINGER_S = 0.25
+# Of SQLite's errors those that come of what was to be written, not of the disk: they would come again each time.
+AT_FAULT = (sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError)
 T = TypeVar("T")
 
 
@@ -31,8 +37,7 @@ class GroupCommit:
     def __init__(self, path: Path, tables: str, schema: int, tidy: Callable[[sqlite3.Connection], None]) -> None:
         self._path, self._tidy = path, tidy
         self._pool = ThreadPoolExecutor(1, path.stem)
-        # In the order in which they came; None for what nobody awaits.
-        self._waiting: list[tuple[Sequence[Op], asyncio.Future[None] | None]] = []
+        self._waiting: list[Waiting] = []  # in the order in which they came
         self._flushing: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -40,7 +45,7 @@ class GroupCommit:
         self._db: sqlite3.Connection = self._pool.submit(_connect, path, tables, schema).result()
 
     async def write(self, *ops: Op) -> None:
-        """Execute statements durably; raises UnavailableError if the disk does not take them: then nothing changed."""
+        """Execute statements durably; raises UnavailableError if they are not taken: then nothing changed."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((ops, done))
         self._wake()
@@ -89,20 +94,30 @@ class GroupCommit:
                 self._timer.cancel()
                 self._timer = None
             waiting, self._waiting = self._waiting, []
-            error: Exception | None = None
-            try:
-                await loop.run_in_executor(self._pool, self._commit, [op for ops, _ in waiting for op in ops])
-            except (sqlite3.Error, OSError) as raised:
-                error = UnavailableError(f"{self._path.name} takes nothing: {raised}")
-            for _, done in waiting:
-                if done is not None and not done.done():
-                    done.set_exception(error) if error else done.set_result(None)
-            if error is not None:
-                self._waiting = [one for one in waiting if one[1] is None] + self._waiting
+            again = await self._write_all(waiting)
+            self._waiting = again + self._waiting
             if all(done is None for _, done in self._waiting):
                 break
         if self._waiting and self._timer is None and not self._closed:
             self._timer = loop.call_later(LINGER_S, self._wake)
+
+    async def _write_all(self, waiting: Sequence[Waiting]) -> list[Waiting]:
+        """One transaction, and word to all who wait for it; what nobody waits for and the disk did not take."""
+        error, disk = None, False
+        try:
+            ops = [op for ops, _ in waiting for op in ops]
+            await asyncio.get_running_loop().run_in_executor(self._pool, self._commit, ops)
+        except Exception as raised:  # whatever it is: whoever waits must hear of it
+            disk = isinstance(raised, (sqlite3.Error, OSError)) and not isinstance(raised, AT_FAULT)
+            error = UnavailableError(f"{self._path.name} takes nothing: {str(raised) or type(raised).__name__}")
+            if not disk and len(waiting) > 1:  # each alone, so that the one at fault takes no other along
+                return [again for one in waiting for again in await self._write_all([one])]
+        for _, done in waiting:
+            if done is None and error is not None and not disk:
+                log.error("not_written file=%s reason=%s", self._path.name, error)
+            elif done is not None and not done.done():
+                done.set_exception(error) if error else done.set_result(None)
+        return [one for one in waiting if one[1] is None] if disk else []
 
     def _commit(self, ops: Sequence[Op]) -> None:
         """In the writer's thread: one transaction."""
