@@ -156,7 +156,10 @@ class Asker:
         while True:
             for identity in self._submissions.waiting():
                 try:
-                    outcome = await self._verified(await self._submissions.get(identity))
+                    submission = await self._submissions.get(identity)
+                    if submission is None:  # asked again by its source meanwhile, and answered
+                        continue
+                    outcome = await self._verified(submission)
                     await source.told(outcome)  # first, so that no crash keeps it from the source
                     await self._submissions.drop(identity)
                     pause = RETRY_MIN_S

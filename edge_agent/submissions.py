@@ -70,13 +70,12 @@ class Submissions:
         known = self._sizes.get(submission.id, 0)
         if (not known and len(self._sizes) >= self._count) or self._bytes - known + size > self._size:
             return False
-        self._sizes[submission.id] = size  # counted before it is written: several may be on their way
-        self._bytes += size - known
+        self._account(submission.id, size)  # before it is written: several may be on their way
         row = (submission.id, submission.model, submission.reference, submission.body, local)
         try:
             await self._in_thread(lambda: self._insert(row))
         except UnavailableError:
-            self._discount(submission.id, size)
+            self._account(submission.id, known)
             raise
         self.news.set()
         return True
@@ -89,26 +88,38 @@ class Submissions:
         """The ids of all that is kept, the oldest first."""
         return list(self._sizes)
 
-    async def get(self, identity: str) -> Submission:
-        """A submission that is kept."""
+    async def get(self, identity: str) -> Submission | None:
+        """A submission that is kept; None for one that is not, or no longer."""
         row = await self._in_thread(lambda: self._select(identity))
+        if row is None:
+            return None
         found, model, reference, body, local = row
         return Submission(found, model, reference, body, json.loads(local))
 
     async def drop(self, identity: str) -> None:
         """Forget a submission whose outcome has been told; doing it again does nothing."""
-        if identity in self._sizes:
+        size = self._sizes.get(identity, 0)
+        if not size:
+            return
+        self._account(identity, 0)  # first: what is kept again meanwhile is written, and counted, after this
+        try:
             await self._in_thread(lambda: self._delete(identity))
-            self._discount(identity, self._sizes[identity])
+        except UnavailableError:
+            self._account(identity, self._sizes.get(identity, size))
+            raise
 
     async def close(self) -> None:
         """Close the file."""
         await self._in_thread(self._db.close)
         self._pool.shutdown()
 
-    def _discount(self, identity: str, size: int) -> None:
-        if self._sizes.pop(identity, None) is not None:
-            self._bytes -= size
+    def _account(self, identity: str, size: int) -> None:
+        """Count a submission with this size; 0 for one that is gone."""
+        self._bytes += size - self._sizes.get(identity, 0)
+        if size:
+            self._sizes[identity] = size
+        else:
+            self._sizes.pop(identity, None)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         try:
@@ -134,12 +145,9 @@ class Submissions:
                 row,
             )
 
-    def _select(self, identity: str) -> tuple[Any, ...]:
-        row = self._db.execute(
-            "SELECT id, model, reference, body, local FROM submission WHERE id = ?", (identity,)
-        ).fetchone()
-        assert row is not None
-        return row  # type: ignore[no-any-return]
+    def _select(self, identity: str) -> tuple[Any, ...] | None:
+        found = self._db.execute("SELECT id, model, reference, body, local FROM submission WHERE id = ?", (identity,))
+        return found.fetchone()  # type: ignore[no-any-return]
 
     def _delete(self, identity: str) -> None:
         with self._db:

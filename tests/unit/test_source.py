@@ -185,6 +185,41 @@ async def test_the_queue_keeps_counts_and_forgets(tmp_path: Path) -> None:
     await queue.close()
 
 
+async def test_what_is_dropped_twice_or_while_it_is_read_or_kept_again_ends_nothing(tmp_path: Path) -> None:
+    """A source that asks again while its earlier question is being verified once ended by it."""
+
+    def one(size: int) -> Submission:
+        return Submission("a", "m", "ref", b"x" * size, {})
+
+    queue = Submissions(tmp_path / "q.db", count=3, size=1000)
+    await queue.keep(one(10))
+    *_, found = await asyncio.gather(queue.drop("a"), queue.drop("a"), queue.get("a"))
+    assert found is None and queue.waiting() == [] and await queue.get("never kept") is None
+    await asyncio.gather(queue.keep(one(10)), queue.drop("a"), queue.keep(one(900)))
+    assert queue.waiting() == ["a"] and await queue.get("a") == one(900)
+    assert await queue.keep(one(990)), "only what is kept is counted"
+    await queue.close()
+
+
+async def test_a_question_answered_while_its_earlier_copy_is_being_verified_ends_no_source(tmp_path: Path) -> None:
+    async with Board(tmp_path) as board:
+        board.gateway.up.clear()
+        got, get = asyncio.Event(), board.queue.get
+
+        async def slowly(identity: str) -> Submission | None:
+            await board.queue.drop(identity)  # as `ask` does once the gateway has answered
+            got.set()
+            return await get(identity)
+
+        board.queue.get = slowly  # type: ignore[method-assign]
+        await board.ask("twice")
+        await asyncio.wait_for(got.wait(), 5)
+        board.gateway.up.set()
+        board.queue.get = get  # type: ignore[method-assign]
+        await board.ask("next")
+        assert not board.task.done() and board.queue.waiting() == []
+
+
 async def test_a_damaged_queue_is_put_aside_and_one_of_another_version_is_not_touched(tmp_path: Path) -> None:
     path = tmp_path / "q.db"
     path.write_bytes(b"no database, but some bytes" * 100)
