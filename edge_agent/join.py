@@ -55,8 +55,13 @@ def join(state: Path, token_text: str, *, name: str | None, gateway: str | None,
         raise ConfigError(f"this device has joined already, as {known}; --force makes it join anew")
     folder = identity_file(state).parent / token.token.hex()
     _private(folder)
-    csr = _keys(folder, previous)
-    request = _request(folder, token, name, previous.name if previous else None, csr)
+    try:
+        csr = _keys(folder, previous)
+        request = _request(folder, token, name, previous.name if previous else None, csr)
+    except (ValueError, x509.InvalidVersion) as error:
+        raise ConfigError(
+            f"what was made in {folder} for this token is damaged: {error}: delete that folder and join with a new token"
+        ) from None
 
     unverified = FleetClient(url, _trust_nobody)
     ca = pinned(unverified.get("/v1/ca", 64 * 1024), token.pin)

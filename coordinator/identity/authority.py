@@ -44,6 +44,10 @@ def spki_digest(public_key: ec.EllipticCurvePublicKey) -> bytes:
     return hashlib.sha256(public_key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 
 
+# What reading a file that should hold a certificate can raise; InvalidVersion is no ValueError.
+UNREADABLE = (OSError, ValueError, x509.InvalidVersion)
+
+
 def check_csr(pem: str) -> x509.CertificateSigningRequest:
     """A certificate request whose signer holds its P-256 key; subject and extensions are not looked at.
 
@@ -80,7 +84,7 @@ class Authority:
     def open(cls, folder: Path) -> Authority:
         """The CA kept in `folder` as ca.key (0600) and ca.pem; made durably when there is none.
 
-        Raises ConfigError for files that are damaged or do not belong together.
+        Raises ConfigError for files that are damaged or do not belong together, and for a clock outside their time.
         """
         key = load_or_create_key(folder / "ca.key")
         path = folder / "ca.pem"
@@ -88,10 +92,16 @@ class Authority:
             write_durably(path, _self_signed(key, _now()).public_bytes(Encoding.PEM))
         try:
             certificate = x509.load_pem_x509_certificate(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise ConfigError(f"CA certificate {path} cannot be used: {error}: restore it") from error
         if certificate.public_key() != key.public_key():
             raise ConfigError(f"{path} is not of the key beside it: restore both from one backup")
+        begin, end, now = certificate.not_valid_before_utc, certificate.not_valid_after_utc, _now()
+        if not begin <= now <= end:  # whatever is certified then, nobody would accept it
+            raise ConfigError(
+                f"this machine's clock says {now:%Y-%m-%d %H:%M}, and {path} is valid from {begin:%Y-%m-%d} to "
+                f"{end:%Y-%m-%d}: set the clock"
+            )
         return cls(key, certificate)
 
     @property
@@ -145,7 +155,7 @@ class Authority:
         """The serial numbers, ascending, in a CRL of ours; None for anything else."""
         try:
             found = x509.load_pem_x509_crl(pem)
-        except ValueError:
+        except UNREADABLE:
             return None
         ours = found.is_signature_valid(self._key.public_key())
         return sorted(revoked.serial_number for revoked in found) if ours else None

@@ -18,7 +18,7 @@ from bmoe.protocol.keys import Signer
 from coordinator.embedded.nats_server import TlsFiles
 from coordinator.embedded.nkey_file import nkey_public
 from coordinator.embedded.state_dir import private_dir
-from coordinator.identity.authority import Authority, load_or_create_key, self_signed_client, spki_digest
+from coordinator.identity.authority import UNREADABLE, Authority, load_or_create_key, self_signed_client, spki_digest
 
 SERVER = "bmoe-server"
 GUARD = "registrar-guard"
@@ -118,7 +118,7 @@ def _good(
 ) -> bool:
     try:
         found = x509.load_pem_x509_certificate(path.read_bytes())
-    except (OSError, ValueError):
+    except UNREADABLE:
         return False
     begin, end = found.not_valid_before_utc, found.not_valid_after_utc
     young = begin <= now < begin + (end - begin) / 2

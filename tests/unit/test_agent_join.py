@@ -149,6 +149,19 @@ async def test_refusals_are_passed_on_as_the_gateway_words_them(server: FleetSer
         await joined(tmp_path / "four", server.token(), "Kitchen Pi")
 
 
+@pytest.mark.parametrize("file", ["device.csr", "tls.key"])
+async def test_damaged_keys_of_an_earlier_attempt_are_one_clear_line(tmp_path: Path, file: str) -> None:
+    token = dataclasses.replace(TOKEN, url="https://127.0.0.1:1").text()
+    with pytest.raises(UnavailableError):
+        await joined(tmp_path, token)
+    [path] = tmp_path.rglob(file)
+    path.write_bytes(b"-----BEGIN CERTIFICATE REQUEST-----\ntorn")
+    for made in ("request.json", *({"device.csr"} - {file})):
+        (path.parent / made).unlink()
+    with pytest.raises(ConfigError, match=r"is damaged: .*: delete that folder and join with a new token"):
+        await joined(tmp_path, token)
+
+
 async def test_a_gateway_that_is_not_there_is_named(tmp_path: Path) -> None:
     token = dataclasses.replace(TOKEN, url="https://127.0.0.1:1").text()
     with pytest.raises(UnavailableError, match=r"https://127\.0\.0\.1:1 .*refused"):

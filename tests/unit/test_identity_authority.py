@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
 import ssl
 import stat
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from identity_helpers import make_csr
 
-from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.errors import ConfigError, MessageError
 from coordinator.identity.authority import Authority, check_csr, load_or_create_key, spki_digest
 from coordinator.identity.infrastructure import SERVER, ensure_certificate, prepare_identity
 
@@ -99,6 +100,32 @@ def test_certificate_torn_by_a_crash_is_issued_again(tmp_path: Path) -> None:
     prepare_identity(tmp_path, [])
     again = x509.load_pem_x509_certificate(identity.tls("coordinator").cert.read_bytes())
     assert identity.authority.issued(again) and spki_digest(again.public_key()) == identity.spki("coordinator")
+
+
+def of_no_version(pem: bytes) -> bytes:
+    """The certificate with another version number in it: what the library says to it is no ValueError."""
+    der = ssl.PEM_cert_to_DER_cert(pem.decode())
+    return ssl.DER_cert_to_PEM_cert(der.replace(b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x06", 1)).encode()
+
+
+def test_files_of_a_version_that_is_none_are_damaged_files_like_any_other(tmp_path: Path) -> None:
+    identity = prepare_identity(tmp_path, [])
+    own = identity.tls("coordinator").cert
+    own.write_bytes(of_no_version(own.read_bytes()))
+    prepare_identity(tmp_path, [])
+    assert identity.authority.issued(x509.load_pem_x509_certificate(own.read_bytes())), "issued again"
+    ca = tmp_path / "identity" / "ca.pem"
+    ca.write_bytes(of_no_version(ca.read_bytes()))
+    with pytest.raises(ConfigError, match=r"ca\.pem cannot be used: 6 is not a valid X509 version: restore it"):
+        prepare_identity(tmp_path, [])
+
+
+def test_a_request_of_a_version_that_is_none_is_refused(tmp_path: Path) -> None:
+    lines = make_csr().splitlines()
+    der = base64.b64decode("".join(lines[1:-1]))
+    odd = base64.b64encode(der.replace(b"\x02\x01\x00", b"\x02\x01\x07", 1)).decode()
+    with pytest.raises(MessageError, match="not a certificate request in PEM: 7 is not a valid CSR version"):
+        check_csr("\n".join([lines[0], odd, lines[-1]]))
 
 
 def test_key_of_another_curve_is_refused(tmp_path: Path) -> None:

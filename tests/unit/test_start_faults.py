@@ -5,6 +5,7 @@ Each is one clear line that names the file or port and the way out; nothing is s
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import socket
@@ -21,6 +22,7 @@ from bmoe.protocol.state_format import check_format
 from coordinator import up
 from coordinator.config import load_settings
 from coordinator.embedded.state_dir import lock_state
+from coordinator.identity import authority
 from coordinator.identity.infrastructure import prepare_identity
 from coordinator.state_layout import STATE_FORMAT, StateLayout
 from edge_agent.service import STATE_FORMAT as BOARD_FORMAT
@@ -176,6 +178,15 @@ def test_a_key_that_is_gone_must_be_restored(state: Path, file: str, words: str)
     (state / file).unlink()
     with pytest.raises(ConfigError, match=words):
         up.run_gateway(load_settings(state=state), print)
+
+
+def test_a_clock_from_before_the_gateway_was_founded(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a board without a battery for its clock. All that it certified would be refused, without a hint why."""
+    before = authority._now() - datetime.timedelta(days=20_000)
+    monkeypatch.setattr(authority, "_now", lambda: before)
+    line = refusal(state)
+    assert f"this machine's clock says {before:%Y-%m-%d}" in line and "ca.pem is valid from" in line
+    assert line.endswith(": set the clock")
 
 
 def test_a_directory_that_another_gateway_uses(state: Path) -> None:
