@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import structlog
 
 from bmoe.ledger.rules.combine import Choices, combine
-from bmoe.protocol.errors import BmoeError, MessageError
+from bmoe.protocol.errors import BmoeError, LedgerError, MessageError, UnavailableError
 from bmoe.protocol.figures import Seconds
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Promise, seal_header
@@ -105,13 +105,21 @@ class Answerer:
         promise = self._promise(request, result, ids)
         entering = await self._committer.answer(request, combined.choices, combined.tasks, result)
         self._watch(request, ids, entering)
+        if (failure := _failure(entering, combined.tasks)) is not None:
+            self.count.failed += 1
+            raise UnavailableError(f"the answer cannot be entered on the ledger: {failure}")
         if key and found is None:
             entering.add_done_callback(lambda done: self._remember(key, combined, generation, done))
         self.count.decided += 1
         self.count.rows += request.rows
         answered = Answered(request, result, ids, request.wait, promise)
         if request.wait == "decided" and await self._journal.promised(answered):
-            return answered
+            failure = _failure(entering, combined.tasks)
+            if failure is not None and not isinstance(failure, (LedgerError, UnavailableError)):
+                reason = f"the answer cannot be entered on the ledger: {failure}"
+                self._journal.withdrawn(request.id, reason)
+                raise UnavailableError(reason)
+            return answered  # what failed because we stop is entered by the next run, from the journal
         position = await asyncio.shield(entering)
         self._journal.answered(answered)
         if request.wait == "final":
@@ -200,6 +208,16 @@ class Answerer:
         """Wait, within bounds, until every answer given is on the ledger: what a clean stop owes its clients."""
         if self._entering:
             await asyncio.wait(self._entering, timeout=SETTLE_S)
+
+
+def _failure(entering: asyncio.Future[int], tasks: Sequence[Accepted]) -> BaseException | None:
+    """Why the answer will not be entered: its entry, or a verdict that it stands on, has failed."""
+    for done in (*(a.entered for a in tasks if a.entered is not None), entering):
+        if done.cancelled():
+            return UnavailableError("an entry was cancelled")
+        if done.done() and (error := done.exception()) is not None:
+            return error
+    return None
 
 
 async def _nothing() -> None:

@@ -17,7 +17,7 @@ import asyncio
 import hashlib
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,10 @@ class Journal:
         done.add_done_callback(lambda _: table.pop(key, None))
 
     async def promised(self, answered: Answered) -> bool:
-        """Make a promise last: with this, whatever dies, its answer will be entered. False if the disk refuses."""
+        """Make a promise last: with this, whatever dies, its answer will be entered. False if the disk refuses.
+
+        Only for an answer that is on its way or entered, and stands on such verdicts: what has failed is not held here.
+        """
         request = answered.request
         answer = self._answers.get(request.id)
         ops = [self._settled(request.id, "", pack_answered(answered))]
@@ -176,6 +179,13 @@ class Journal:
         self._file.write_lazily(
             ("DELETE FROM promised WHERE id = ?", [(request,)]),
             ("DELETE FROM verdict WHERE task = ?", [(t,) for t in tasks]),
+        )
+
+    def withdrawn(self, request: bytes, reason: str) -> None:
+        """A promise that was kept on disk and not given: a verdict that it stands on cannot be entered."""
+        self._file.write_lazily(
+            ("DELETE FROM promised WHERE id = ?", [(request,)]),
+            ("UPDATE request SET outcome = NULL, reason = ? WHERE id = ?", [(reason[:REASON_MAX], request)]),
         )
 
     def answered(self, answered: Answered) -> None:
@@ -225,8 +235,9 @@ class Journal:
         """Verdicts by task and promised answers by request, of which the ledger may not know yet."""
 
         def read(db: sqlite3.Connection) -> tuple[dict[bytes, Submission], dict[bytes, Submission]]:
-            tables = [db.execute(f"SELECT * FROM {t}").fetchall() for t in ("verdict", "promised")]
-            verdicts, answers = ({key: Submission.from_bytes(entry) for key, entry in rows} for rows in tables)
+            verdicts, answers = (
+                dict(_submissions(table, db.execute(f"SELECT * FROM {table}"))) for table in ("verdict", "promised")
+            )
             return verdicts, answers
 
         return await self._file.read(read)
@@ -268,7 +279,17 @@ class Journal:
 
 
 def _pending_sizes(db: sqlite3.Connection) -> list[tuple[bytes, int]]:
-    return db.execute("SELECT id, size FROM request WHERE settled_ms IS NULL").fetchall()
+    return db.execute("SELECT id, CAST(size AS INTEGER) FROM request WHERE settled_ms IS NULL").fetchall()
+
+
+def _submissions(table: str, rows: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[bytes, Submission]]:
+    """The entries in a table; one that is damaged is named in the log, and must not keep the others from theirs."""
+    for key, entry in rows:
+        try:
+            yield key, Submission.from_bytes(entry)
+        except (BmoeError, TypeError, ValueError) as error:
+            identity = key.hex() if isinstance(key, bytes) else repr(key)
+            log.critical("journal_row_damaged", table=table, id=identity, error=str(error))
 
 
 def _now() -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -24,7 +24,7 @@ from bmoe.ledger.rules.frames import parse_frame
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import StreamMessage
 from bmoe.protocol.encoding import read_bstrs
-from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.errors import BmoeError, LedgerError, UnavailableError
 from bmoe.protocol.messages import MAX_TENSORS, tensors_from
 from bmoe.storage.evidence import EvidenceReader
 from coordinator.catalogue import Catalogue
@@ -75,32 +75,45 @@ class Recovery:
     async def keep_promises(self, committer: Committer, follower: Follower) -> None:
         """Close every open task, and enter every answer that was promised."""
         verdicts, answers = await self._journal.owing()
-        entering = [
-            committer.again(Verdict, s.fields, whole)
+        entering = {
+            task: committer.again(Verdict, s.fields, whole)
             for task, s in verdicts.items()
             if task in self._state.open and (whole := self._whole(s)) is not None
-        ]
+        }
         await self._folded(follower, entering)
         abandoned = list(self._state.open.items())
-        closing = [committer.abandon(t, slot.expert, slot.rows, self._state.size) for t, slot in abandoned]
+        closing = {t: committer.abandon(t, slot.expert, slot.rows, self._state.size) for t, slot in abandoned}
         await self._folded(follower, closing)
         if abandoned:
             log.warning("tasks_abandoned", count=len(abandoned), reason="an earlier run ended before their verdicts")
         owed = {request: s for request, s in answers.items() if request not in self._found}
-        await self._folded(follower, [done for r, s in owed.items() if (done := self._owed(committer, r, s))])
+        await self._folded(follower, {r: done for r, s in owed.items() if (done := self._owed(committer, r, s))})
         for request, submission in answers.items():
-            self._journal.entered(request, submission.fields["tasks"])
+            self._journal.entered(request, submission.fields.get("tasks", ()))
         if owed:
             log.warning("promises_kept", answers=len(owed), verdicts=len(entering))
 
-    async def _folded(self, follower: Follower, entries: Sequence[Awaitable[int]]) -> None:
-        if entries:
-            await follower.reached(max(await asyncio.gather(*entries)))
+    async def _folded(self, follower: Follower, entries: Mapping[bytes, Awaitable[int]]) -> None:
+        """Wait until the entries are read back. One that no frame can hold, for its record is damaged, is named."""
+        position = 0
+        for key, done in zip(entries, await asyncio.gather(*entries.values(), return_exceptions=True), strict=True):
+            if isinstance(done, (LedgerError, UnavailableError)) or not isinstance(done, (int, Exception)):
+                raise done
+            if isinstance(done, Exception):
+                log.critical("promise_broken", id=key.hex(), reason=f"its entry cannot be made: {done}")
+            else:
+                position = max(position, done)
+        if position:
+            await follower.reached(position)
 
     def _owed(self, committer: Committer, request: bytes, submission: Submission) -> asyncio.Future[int] | None:
         """Enter a promised answer if it stands on its verdicts: one that does not would be false, and fence us."""
         fields, whole = submission.fields, self._whole(submission)
-        for task, opening in zip(fields["tasks"], fields["openings"], strict=True):
+        tasks, openings = fields.get("tasks", ()), fields.get("openings", ())
+        if not tasks or len(tasks) != len(openings):
+            log.critical("promise_broken", request=request.hex(), reason="its record in the journal is damaged")
+            return None
+        for task, opening in zip(tasks, openings, strict=True):
             closed = self._state.closed.get(task)
             if closed is None or closed.opening != opening or whole is None:
                 log.critical("promise_broken", request=request.hex(), reason=f"task {task.hex()} has no such verdict")

@@ -209,6 +209,21 @@ async def test_an_outcome_is_to_be_told_until_its_reply_was_sent(path: Path, jou
     assert [row.id for row in await journal.unreplied()] == [untold.id]
 
 
+async def test_a_damaged_row_is_named_and_the_others_are_still_owed(
+    path: Path, journal: Journal, ask: Ask, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once it kept the coordinator from starting at all."""
+    for _ in range(3):
+        answered = answer(ask())
+        await journal.accepted(answered.request)
+        journal.answering(answered.request.id, {"tasks": TASKS}, [], on_its_way())
+        assert await journal.promised(answered)
+    await journal._file.write(("UPDATE promised SET entry = ? WHERE id = ?", [(b"\x42\xff\xff", bytes(15) + b"\x01")]))
+    _, answers = await journal.owing()
+    assert [key[-1] for key in answers] == [2, 3]
+    assert "journal_row_damaged" in (said := capsys.readouterr().out) and bytes(15).hex() + "01" in said
+
+
 async def test_many_who_wait_share_one_sync(path: Path, journal: Journal, ask: Ask) -> None:
     commits = []
     await journal._file.read(lambda db: db.set_trace_callback(lambda sql: commits.append(sql == "COMMIT")))

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from ledger_fixtures import Fleet, Kind
 from rules_helpers import founded
 
+from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.tensors import Tensor
-from bmoe.storage.evidence import EvidenceReader
+from bmoe.storage.evidence import EvidenceReader, EvidenceStore
 from coordinator import recover
 from coordinator.catalogue import Catalogue
 from coordinator.commit import Committer
@@ -24,11 +27,34 @@ from coordinator.journal import Journal
 from coordinator.recover import Outcome, Recovery, Run
 
 
+class Author:
+    """Enters at once what is an entry, and fails what is none as the real one does; and follows what it entered."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def submit(self, kinds: Sequence[Kind], attachments: Sequence[bytes] = (), **_: Any) -> asyncio.Future[int]:
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        try:
+            self.fleet.enter("coordinator", *kinds, attachments=attachments)
+            done.set_result(1)
+        except TypeError as error:
+            done.set_exception(error)
+        return done
+
+    async def enter(self, *kinds: Kind) -> int:
+        return await self.submit(kinds)
+
+    async def reached(self, position: int) -> None:
+        assert position == 1
+
+
 class Runs:
     """Runs of a coordinator one after another over one journal; each but the last ends like kill -9."""
 
     def __init__(self, folder: Path) -> None:
-        self.state: State = founded(1).state
+        self.fleet = founded(1)
+        self.state: State = self.fleet.state
         self.path, self.catalogue = folder / "journal.db", Catalogue(self.state)
         self.told: list[Outcome] = []
 
@@ -112,6 +138,29 @@ async def test_what_cannot_be_run_again_ends_with_a_reason_and_is_told_where_its
     assert {(o.row.reply_to, o.reason) for o in runs.told} == {(f"pi-{n}", reason) for n, reason in reasons.items()}
     assert await runs.next(run, asyncio.Event()) == reasons, "settled for good"
     assert len(runs.told) == 6, "told again by each run until the reply is known to be sent"
+
+
+async def test_damaged_records_cost_their_own_promises_and_never_the_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = Runs(tmp_path)
+    slot = next(iter([runs.fleet.open_task()]))
+    journal = Journal(runs.path)
+    await journal.accepted(runs.request(1))
+    on_its_way: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    journal.deciding(slot.task, {"no such field": 1}, [], on_its_way)
+    journal.answering(runs.request(1).id, {"no such field": 1}, [], on_its_way)
+    assert await journal.promised(replace(answered(runs.request(1)), tasks=(slot.task,)))
+    await journal.close()
+    journal = Journal(runs.path)
+    recovery = Recovery(journal, runs.state, runs.catalogue, EvidenceReader(tmp_path / "none.db"))
+    author = Author(runs.fleet)
+    committer = Committer(cast(FrameAuthor, author), cast(EvidenceStore, None), journal)
+    await recovery.keep_promises(committer, cast(Follower, author))
+    said = capsys.readouterr().out
+    assert said.count("promise_broken") == 2 and "its entry cannot be made" in said and "is damaged" in said
+    assert not runs.state.open, "abandoned"
+    await journal.close()
 
 
 async def test_a_promised_answer_is_never_entered_on_other_verdicts_than_its_own(
