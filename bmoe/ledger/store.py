@@ -34,6 +34,7 @@ NOTES_KEPT = 4096
 OPENINGS_BYTES = 512 * 1024 * 1024
 OPENINGS_COUNT = 200_000
 PENDING_OPENINGS_BYTES = 32 * 1024 * 1024
+REMEDY = "copy the state directory, then move this file away, with its -wal and -shm: it is built anew from the ledger"
 
 _SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
@@ -258,7 +259,7 @@ class Store:
     def _node(self, level: int, idx: int) -> bytes:
         row = self._db.execute("SELECT hash FROM nodes WHERE level = ? AND idx = ?", (level, idx)).fetchone()
         if row is None:
-            raise LedgerError(f"replica {self.path} lacks node {level}/{idx}: it is damaged")
+            raise LedgerError(f"replica {self.path} is damaged: it lacks node {level}/{idx}: {REMEDY}")
         return row[0]
 
     def _promise(self, size: int, root: bytes) -> None:
@@ -315,7 +316,7 @@ class Store:
             hint = ": another process uses it" if "locked" in str(error) else ""
             raise LedgerError(f"replica {self.path}: {error}{hint}") from error
         except sqlite3.Error as error:
-            raise LedgerError(f"replica {self.path} is damaged: {error}") from error
+            raise LedgerError(f"replica {self.path} is damaged: {error}: {REMEDY}") from error
 
 
 def index_names(entry: Entry | None) -> list[tuple[str, bytes]]:

@@ -155,8 +155,27 @@ def test_second_process_on_one_replica_is_refused(tmp_path: Path) -> None:
 def test_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "replica.db"
     path.write_bytes(b"not a database at all" * 100)
-    with pytest.raises(LedgerError, match=r"replica\.db.* is damaged"):
+    with pytest.raises(LedgerError, match=r"replica\.db.* is damaged: .*move this file away.*it is built anew"):
         open_store(path)
+
+
+def test_a_replica_with_torn_pages_is_named_with_the_way_out_which_leads_to_the_same_root(tmp_path: Path) -> None:
+    path = tmp_path / "replica.db"
+    store = open_store(path)
+    for _ in range(20):
+        append(store, leaves=50)
+    signed = store.commit()
+    store.close()
+    sound = path.read_bytes()
+    path.write_bytes(sound[:4096] + b"\xa5" * (len(sound) - 4096))
+    with pytest.raises(LedgerError, match=r"replica\.db is damaged: .*copy the state directory, then move this file away"):
+        open_store(path)
+    path.rename(tmp_path / "copy.db")
+    anew = open_store(path)
+    for _ in range(20):
+        append(anew, leaves=50)
+    assert anew.commit() == signed and len(signed) == 20
+    anew.close()
 
 
 def test_openings_are_bounded_by_count_and_bytes_oldest_first(tmp_path: Path) -> None:
