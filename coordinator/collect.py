@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bmoe.ledger.rules.policies import Ballot, Decision, Need, Policy, Vote
-from bmoe.ledger.rules.policies.ballot import IGNORED, NOBODY
+from bmoe.ledger.rules.policies.ballot import BY_REFEREE, IGNORED, NOBODY
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.voting import Candidate, Tolerance
 from bmoe.protocol.tensors import Tensor
@@ -118,6 +118,12 @@ class Collection:
         self.hedge_at = now + self.hedge_s * 2**self.hedges
         # The baseline asks everybody once, so there is nobody to hedge to; and a lost message is sent again.
         return Step(Do.RESEND) if self.exhausted or self.policy.name == "full" else Step(Do.ASK, count=1)
+
+    def accepted(self, decision: Decision) -> Received | None:
+        """The output whose value a decision accepts, if any."""
+        if decision.accepted == BY_REFEREE:
+            return self.referee
+        return None if decision.accepted == NOBODY else list(self.received.values())[decision.accepted]
 
     def _refused_short(self, now: float) -> bool:
         """Whether refusals leave too few to decide, and others can be asked: the fleet before the referee."""

@@ -10,32 +10,32 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY
+from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Entry, Opened, Verdict
 from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.outputs import comparable, tolerances_of
 from bmoe.ledger.rules.policies import Decision, policy_named
 from bmoe.ledger.rules.policies.ballot import UNUSABLE
 from bmoe.ledger.rules.state import State
-from bmoe.ledger.rules.verdicts import OPEN_MAX
+from bmoe.ledger.rules.verdicts import OPEN_MAX, check_made
 from bmoe.ledger.rules.voting import Candidate
-from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InputError, LedgerError, RefusedError, UnavailableError
 from bmoe.protocol.messages import Output, Sealed
-from coordinator.collect import Collection, Do, Received
+from coordinator.collect import Collection, Do
 from coordinator.commit import Committer
 from coordinator.dispatch import Dispatcher
 from coordinator.fleet import Fleet
-from coordinator.jobs import Accepted, Job, ledger_ms
+from coordinator.hedges import HedgeBudget
+from coordinator.jobs import Accepted, Job, deliver, fail, ledger_ms
 from coordinator.late import Done, Latecomers, Tally
 from coordinator.logs import Seldom
 from coordinator.receive import outputs_max, receive_output
 from coordinator.referee import Referee
 from coordinator.route import choose_agents
+from coordinator.share import make_job
 
 log = structlog.get_logger("decide")
 COORDINATOR = "coordinator"
 FIRST_HEDGE_S = 1.0  # while nobody knows yet how long an expert takes; boards may still have to fetch it
-HEDGED_SHARE = 0.1
-HEDGES_AT_ONCE = 20.0
 # The ledger's rules refuse to open more than OPEN_MAX; what we have read of it may be a little behind.
 TASKS_OPEN_MAX = OPEN_MAX // 2
 STANCE_WORDS = {"a": "agree", "n": "neutral", "d": "dissent", "u": "unusable", "i": "ignored"}
@@ -51,35 +51,15 @@ class Timing:
 
 
 @dataclass
-class HedgeBudget:
-    """Hedges are a share of the tasks and no more: a fleet that is slow because it is busy must not be asked twice.
-
-    Source: Dean and Barroso, "The Tail at Scale", CACM 56(2), 2013.
-    """
-
-    credit: float = HEDGES_AT_ONCE
-
-    def earn(self) -> None:
-        """A task has begun."""
-        self.credit = min(HEDGES_AT_ONCE, self.credit + HEDGED_SHARE)
-
-    def take(self) -> bool:
-        """Whether one more agent may be asked now."""
-        if self.credit < 1:
-            return False
-        self.credit -= 1
-        return True
-
-
-@dataclass
 class _Running:
     """A job whose verdict is still to come."""
 
     job: Job
     collection: Collection
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    opened: bool = False  # its slot stands on the ledger
-    closing: bool = False  # its verdict is on the way there
+    opened: bool = False  # its slot is on the ledger engine's disk
+    void: str = ""  # why the rules took no slot for it all the same
+    entering: asyncio.Future[int] | None = None  # its verdict on the way there
 
 
 class Decider:
@@ -99,7 +79,8 @@ class Decider:
         self._referee, self._committer, self._timing = referee, committer, timing
         self._spawn = spawn
         self._random = random.SystemRandom()
-        self._running: dict[bytes, _Running] = {}
+        self._running: dict[bytes, _Running] = {}  # whose outputs count still
+        self._begun: dict[bytes, _Running] = {}  # whose verdict is not on the ledger
         self._hedging = HedgeBudget()
         self.tally = Tally()
         self._seldom = Seldom()
@@ -111,9 +92,7 @@ class Decider:
         if in_work < TASKS_OPEN_MAX:
             self._spawn(self._run(job, only))
             return
-        for call in job.calls:
-            if not call.done.done():
-                call.done.set_exception(UnavailableError(f"{in_work} tasks are in work, the limit: try again"))
+        fail(job, UnavailableError(f"{in_work} tasks are in work, the limit: try again"))
 
     def ledger_ms(self) -> int:
         """The time that a new task's id must bear."""
@@ -123,6 +102,17 @@ class Decider:
     def running(self) -> int:
         """Jobs under way."""
         return len(self._running)
+
+    def on_rejected(self, kind: type[Entry], task: bytes, reason: str) -> None:
+        """The rules refused an entry of ours that the engine had taken: nothing that rests on it can stand."""
+        running = self._begun.get(task)
+        if kind is Opened and running is not None:
+            running.void, running.opened = reason, False
+            fail(running.job, _no_slot(running.job, reason))
+            running.wake.set()
+        slot = self._state.open.get(task)
+        if kind is Verdict and slot is not None:
+            self._spawn(self._close_slot(task, slot.expert, slot.rows, f"its verdict was refused: {reason}"))
 
     def on_output(self, sealed: Sealed[Output]) -> None:
         """A verified output of an agent: counted if its task is open and it was asked; compared if it is late."""
@@ -176,13 +166,15 @@ class Decider:
         hedge_s = max(self._timing.hedge_min_s, p95 if p95 is not None else FIRST_HEDGE_S)
         deadline = time.monotonic() + self._timing.task_s
         running = _Running(job, Collection(policy, tolerances_of(job.expert), deadline, hedge_s))
-        self._running[job.task] = running
+        self._running[job.task] = self._begun[job.task] = running
         self._hedging.earn()
         self.tally.tasks += 1
         self.tally.queue.add(job.opened_at - job.calls[0].made)
         try:
+            self._check_slot(running)
             await self._committer.opened(job)
-            running.opened = True
+            running.opened = not running.void  # its entry may have been read back before it was acknowledged
+            self._check_slot(running)  # the engine may have taken its time, or the clock was set meanwhile
             began = time.monotonic()
             self.tally.open.add(began - job.opened_at)
             first = self._ask_first(running, only)
@@ -192,34 +184,54 @@ class Decider:
             accepted = self._decided(running, decision)
             self.tally.decide.add(time.monotonic() - began)
             await kept
+            if running.void:
+                raise _no_slot(job, running.void)
             await self._close(running, decision, accepted, as_of)
         except BmoeError as error:
             log.error("task_failed", task=job.task.hex(), error=str(error))
-            _fail(job, error)
+            fail(job, error)
             await self._abandon(running, str(error))
         except Exception:  # a fault of ours: whoever waits must hear of it all the same
             log.exception("task_failed", task=job.task.hex())
-            _fail(job, UnavailableError(f"task {job.task.hex()} failed: internal error, see the coordinator's log"))
+            fail(job, UnavailableError(f"task {job.task.hex()} failed: internal error, see the coordinator's log"))
             await self._abandon(running, "internal error")
         finally:
             self._release(running)
+            del self._begun[job.task]
+
+    def _check_slot(self, running: _Running) -> None:
+        """Raise UnavailableError where the rules take no slot for this task: then they would take no verdict either."""
+        author = self._state.authors.get(COORDINATOR)
+        if author is not None and author.fenced:
+            running.void = f"this coordinator is fenced: {author.fenced}"
+        try:
+            check_made(self._state, running.job.task, self.ledger_ms())
+        except RefusedError as error:
+            running.void = running.void or f"{error}; is the ledger engine stalled, or was this machine's clock set?"
+        if running.void:
+            raise _no_slot(running.job, running.void)
 
     async def _abandon(self, running: _Running, reason: str) -> None:
-        """Close the slot of a task that failed before its verdict was queued, so that no slot stays open."""
-        job = running.job
+        """Close the slot of a task that failed before its verdict was on its way, so that no slot stays open."""
+        job, entering = running.job, running.entering
         self._release(running)
-        if not running.opened or running.closing:
+        if not running.opened or (entering is not None and not _refused(entering)):
             return  # nobody knows of it, or its verdict may be on the ledger
+        await self._close_slot(job.task, job.expert.digest, job.binding.rows, reason)
+
+    async def _close_slot(self, task: bytes, expert: bytes, rows: int, reason: str) -> None:
         try:
-            await self._committer.abandon(job.task, job.expert.digest, job.binding.rows, self._state.size, reason)
+            await self._committer.abandon(task, expert, rows, self._state.size, reason)
         except BmoeError as error:
-            log.error("task_not_closed", task=job.task.hex(), error=str(error))
+            log.error("task_not_closed", task=task.hex(), error=str(error))
 
     async def _drive(self, running: _Running) -> tuple[Decision, int]:
         """Do what the machine says until it closes; its decision, and the ledger size its standings were read at."""
         collection, job = running.collection, running.job
         while True:
             now = time.monotonic()
+            if running.void:
+                raise _no_slot(job, running.void)
             for agent in collection.pending():
                 if not self._fleet.of(agent).online:
                     collection.refused[agent] = "offline"
@@ -276,21 +288,24 @@ class Decider:
 
     async def _re_execute(self, running: _Running) -> None:
         job = running.job
-        if COORDINATOR in self._state.refuted:
-            running.collection.referee_failed = "validators have refuted this coordinator as a referee"
-            return
         try:
-            running.collection.referee = await self._referee.execute(
-                job.binding, job.expert, job.inputs, self._timing.referee_s
-            )
+            self._check_referee()
+            done = await self._referee.execute(job.binding, job.expert, job.inputs, self._timing.referee_s)
+            self._check_referee()
+            running.collection.referee = done
         except BmoeError as error:
             running.collection.referee_failed = str(error)
             log.error("referee_failed", task=job.task.hex(), expert=job.expert.expert_name, error=str(error))
 
+    def _check_referee(self) -> None:
+        if COORDINATOR in self._state.refuted:
+            raise UnavailableError("validators have refuted this coordinator as a referee")
+
     def _decided(self, running: _Running, decision: Decision) -> Accepted | None:
         """The value accepted, if any; whatever output comes from here on is late."""
         job, collection = running.job, running.collection
-        accepted = _accepted(job, collection, decision)
+        value_of = collection.accepted(decision)
+        accepted = Accepted(job.task, value_of.tensors, value_of.opening) if value_of is not None else None
         received = {a: r.envelope for a, r in collection.received.items()}
         by_referee = decision.accepted == BY_REFEREE
         small = accepted is not None and len(accepted.opening) <= INLINE_BYTES
@@ -304,19 +319,37 @@ class Decider:
     async def _close(self, running: _Running, decision: Decision, accepted: Accepted | None, as_of: int) -> None:
         """Queue the verdict, hand the value to whoever waits, and tell the agents once it is on the ledger."""
         job, collection = running.job, running.collection
-        reason = collection.referee_failed or ("" if accepted else "no decision within the deadline")
-        entering = await self._committer.verdict(job, collection, decision, as_of, reason)
-        running.closing = True
+        in_time = time.monotonic() < collection.deadline
+        none = "its outputs allow no decision" if in_time else "no decision within the deadline"
+        reason = collection.referee_failed or ("" if accepted else none)
+        if collection.referee is not None:
+            self._check_referee()  # the rules take no verdict with the output of one who was refuted meanwhile
+        entering = running.entering = await self._committer.verdict(job, collection, decision, as_of, reason)
+        if entering.done():
+            entering.result()  # raises: whatever was refused at once is no verdict to give to anyone
         if accepted is None:
             self.tally.undecided += 1
-            _fail(job, UnavailableError(f"no verdict on task {job.task.hex()}: {reason}"))
+            self._undecided(job, reason, in_time)
         else:
-            _deliver(job, replace(accepted, entered=entering))
+            deliver(job, replace(accepted, entered=entering))
         self._judge(running, decision)
         queued = time.monotonic()
         await entering
         self.tally.commit.add(time.monotonic() - queued)
         self._tell(collection, decision, job.task)
+
+    def _undecided(self, job: Job, reason: str, in_time: bool) -> None:
+        """Fail a job's calls; but where several share it, run each alone, for one call's row may spoil all the outputs.
+
+        Not where time ran out, which is no row's fault: a fleet that is too slow must not be given more to do.
+        """
+        waiting = [call for call in job.calls if not call.done.done()]
+        if len(job.calls) == 1 or not in_time:
+            fail(job, UnavailableError(f"no verdict on task {job.task.hex()}: {reason}"))
+            return
+        log.warning("task_run_again", task=job.task.hex(), calls=len(waiting), reason=reason)
+        for call in waiting:
+            self.start(make_job((call,), self.ledger_ms()))
 
     def _judge(self, running: _Running, decision: Decision) -> None:
         """Stop asking, on our own word and at once, an agent whose value a re-execution contradicts."""
@@ -338,29 +371,14 @@ class Decider:
             self._fleet.unanswered(agent)
 
 
-def _accepted(job: Job, collection: Collection, decision: Decision) -> Accepted | None:
-    if decision.accepted == NOBODY:
-        return None
-    received: Received | None
-    if decision.accepted == BY_REFEREE:
-        received = collection.referee
-    else:
-        received = list(collection.received.values())[decision.accepted]
-    return None if received is None else Accepted(job.task, received.tensors, received.opening)
+def _no_slot(job: Job, reason: str) -> UnavailableError:
+    return UnavailableError(f"task {job.task.hex()} has no slot on the ledger: {reason}")
 
 
-def _deliver(job: Job, accepted: Accepted) -> None:
-    row = 0
-    for call in job.calls:
-        if not call.done.done():
-            call.done.set_result((accepted, row))
-        row += call.rows
-
-
-def _fail(job: Job, error: Exception) -> None:
-    for call in job.calls:
-        if not call.done.done():
-            call.done.set_exception(error)
+def _refused(entering: asyncio.Future[int]) -> bool:
+    """Whether an entry surely is not on the ledger; where another author of our name came first, the next run sees."""
+    error = entering.exception() if entering.done() and not entering.cancelled() else None
+    return error is not None and not isinstance(error, LedgerError)
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> None:

@@ -47,6 +47,7 @@ from coordinator.receipts import Receipts
 from coordinator.receive import open_from
 from coordinator.recover import Recovery
 from coordinator.referee import Referee
+from coordinator.rejections import Rejections
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
 from coordinator.tenants import Quotas
@@ -89,6 +90,7 @@ class Gateway:
         self.cache = Cache()
         self._aside = ThreadPoolExecutor(1, "json")
         self.finality = Finality(self.state)
+        self._rejections = Rejections(NAME)
         self.catalogue = Catalogue(self.state)
         self.counts = RequestCounts(self.catalogue.names)
         self.clocks = Clocks(log.warning)
@@ -152,6 +154,7 @@ class Gateway:
             Timing(settings.task_timeout_ms / 1000, settings.hedge_min_ms / 1000, settings.referee_timeout_ms / 1000),
             self._spawn,
         )
+        self._rejections.tell(self.decider.on_rejected)
         self._diagnosis = Diagnosis(self.fleet, self.decider)
         sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows, self._ledger_ms)
         gate = Gate(self._gate_runner, self.layout.blobs)
@@ -275,13 +278,12 @@ class Gateway:
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         self.finality.on_applied(applied)
         self.recovery.on_applied(message, applied)
+        self._rejections.on_applied(message.position, applied)
         for event in applied.events:
             if event.kind == "refuted" or (event.kind == "standing" and event.facts["after"] not in IN_GOOD_STANDING):
                 self.cache.clear()  # some of it may rest on the word of whom this is about
             if event.kind == "standing":
                 log.info("standing", **event.facts)
-            elif event.kind == "rejected":
-                log.error("entry_rejected", position=message.position, **event.facts)
             elif event.kind == "refuted":
                 log.warning("refuted", member=event.facts["member"], task=event.facts["task"].hex())
 

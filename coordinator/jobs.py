@@ -108,6 +108,22 @@ class Job:
         return self.calls[0].tenant
 
 
+def deliver(job: Job, accepted: Accepted) -> None:
+    """Give its value to all who still wait for it, each with its first row."""
+    row = 0
+    for call in job.calls:
+        if not call.done.done():
+            call.done.set_result((accepted, row))
+        row += call.rows
+
+
+def fail(job: Job, error: Exception) -> None:
+    """Tell all who still wait that there is no value."""
+    for call in job.calls:
+        if not call.done.done():
+            call.done.set_exception(error)
+
+
 def new_task_id(now_ms: int) -> bytes:
     """16 bytes: 6 of time in ms, so that no id is ever opened twice, and 10 of randomness."""
     return now_ms.to_bytes(6, "big") + os.urandom(10)

@@ -34,11 +34,7 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     for task, expert, rows in entry.tasks:
         if not 1 <= rows <= MAX_ROWS:
             raise RefusedError(f"task {task.hex()} has {rows} rows, 1..{MAX_ROWS} are possible")
-        made_ms = made_at(task)
-        if abs(made_ms - entry.time_ms) > TASK_WINDOW_MS // 2 or made_ms < state.time_ms - TASK_WINDOW_MS // 2:
-            raise RefusedError(f"task {task.hex()} was not made within 10 minutes of its entry")
-        if state.time_ms and made_ms > state.time_ms + AHEAD_MAX_MS:
-            raise RefusedError(f"task {task.hex()} is dated more than 30 days ahead of the ledger's time")
+        check_made(state, task, entry.time_ms)
         if task in state.open or task in state.closed:
             raise RefusedError(f"task {task.hex()} is opened twice")
         if expert not in state.releases:
@@ -48,6 +44,15 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
     for task, expert, rows in entry.tasks:
         state.open[task] = Slot(expert, rows, state.size)
     return [Event("opened", {"tasks": tuple(t[0] for t in entry.tasks)})]
+
+
+def check_made(state: State, task: bytes, time_ms: int) -> None:
+    """Raise RefusedError unless an entry written at `time_ms` may open a task of this id."""
+    made_ms = made_at(task)
+    if abs(made_ms - time_ms) > TASK_WINDOW_MS // 2 or made_ms < state.time_ms - TASK_WINDOW_MS // 2:
+        raise RefusedError(f"task {task.hex()} was not made within 10 minutes of its entry")
+    if state.time_ms and made_ms > state.time_ms + AHEAD_MAX_MS:
+        raise RefusedError(f"task {task.hex()} is dated more than 30 days ahead of the ledger's time")
 
 
 def verdict(state: State, context: Context, entry: Verdict) -> list[Event]:
