@@ -19,10 +19,11 @@ from bmoe.ledger.rules.receipt_format import parse_receipt
 from bmoe.protocol.errors import BmoeError, InputError, LimitError, RefusedError, UnknownError
 from coordinator.gateway import Gateway
 from coordinator.infer_route import App, InferRoute
+from coordinator.jobs import Answered
 from coordinator.mqtt_history import History
 from coordinator.mqtt_requests import MqttRequests, owner_of
 from coordinator.records import unpack_answered
-from coordinator.replies import reply_values, status_of
+from coordinator.replies import is_large, reply_values, status_of
 from coordinator.tenants import check_model
 
 log = structlog.get_logger("api")
@@ -79,20 +80,27 @@ def _guarded(gateway: Gateway, handler: Answering, who: int) -> Callable[[Reques
 def take_mqtt_requests(gateway: Gateway) -> MqttRequests:
     """Answer what devices publish as requests, from now on, as HTTP clients are answered."""
 
-    async def answer(device: str, model: str, body: bytes, where: str) -> dict[str, Any]:
+    async def answer(device: str, model: str, body: bytes, where: str) -> tuple[bytes, str]:
         """Answer a device's request as its owner's, within the same bounds as over HTTP."""
         if len(body) > gateway.settings.body_bytes:
             raise LimitError(f"the body exceeds {gateway.settings.body_bytes} bytes")
         tenant = gateway.access.owner(owner(device))
         with gateway.admitted(), gateway.quotas.admitted(tenant, model, time.monotonic()):
-            return reply_values(await gateway.infer(model, body, tenant.name, reply_to=where))
+            answered = await gateway.infer(model, body, tenant.name, reply_to=where)
+            return await respond(answered), answered.request.id.hex()
+
+    async def respond(answered: Answered) -> bytes:
+        def written() -> bytes:
+            return orjson.dumps(reply_values(answered))
+
+        return await gateway.aside(written) if is_large(answered) else written()
 
     def owner(device: str) -> str:
         return owner_of(gateway.state.members, device)
 
-    history = History(gateway.journal, gateway.catalogue, reply_values)
-    requests = MqttRequests(answer, gateway.link, status_of, owner, history)
-    gateway.recovery.tell(lambda outcome: requests.tell(*history.outcome(outcome)))
+    history = History(gateway.journal, gateway.catalogue, respond)
+    requests = MqttRequests(answer, gateway.link, status_of, owner, history, gateway.bodies, gateway.aside)
+    gateway.recovery.tell(lambda outcome: requests.tell(history.outcome(outcome)))
     gateway.take_requests(requests.take)
     return requests
 

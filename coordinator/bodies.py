@@ -20,11 +20,25 @@ DRAINED = 4
 
 
 class Bodies:
-    """The bytes of all bodies in memory: at most `most`, and half of it of one tenant."""
+    """The bytes of all bodies in memory, over HTTP and MQTT alike: at most `most`, and half of it of one tenant."""
 
     def __init__(self, most: int) -> None:
         self._most, self._held = most, 0
         self._of: Counter[str] = Counter()
+
+    def add(self, tenant: str, size: int) -> None:
+        """Count some bytes, until they are removed; raises UnavailableError where there is no room for them."""
+        if self._held + size > self._most or self._of[tenant] + size > self._most // 2:
+            raise UnavailableError(f"bodies of {self._held} bytes are in work, there is no room for more: try again")
+        self._held += size
+        self._of[tenant] += size
+
+    def remove(self, tenant: str, size: int) -> None:
+        """Count them no more."""
+        self._held -= size
+        self._of[tenant] -= size
+        if not self._of[tenant]:
+            del self._of[tenant]
 
     @contextlib.contextmanager
     def held(self, tenant: str) -> Iterator[Count]:
@@ -36,21 +50,13 @@ class Bodies:
 
         def count(size: int) -> None:
             nonlocal own
-            if self._held + size > self._most or self._of[tenant] + size > self._most // 2:
-                raise UnavailableError(
-                    f"bodies of {self._held} bytes are in work, there is no room for more: try again"
-                )
+            self.add(tenant, size)
             own += size
-            self._held += size
-            self._of[tenant] += size
 
         try:
             yield count
         finally:
-            self._held -= own
-            self._of[tenant] -= own
-            if not self._of[tenant]:
-                del self._of[tenant]
+            self.remove(tenant, own)
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int, count: Count) -> bytes:

@@ -8,6 +8,9 @@ from typing import Any
 Report = Callable[..., Any]
 OFF_S = 10.0
 GATEWAY_DO = "most boards differ alike, so it is this machine's clock: set it; boards refuse tasks until then"
+LEDGER_DO = (
+    "this machine's clock is behind the time that the ledger has reached: set it; boards refuse tasks until then"
+)
 AGENT_DO = "set the board's clock; it refuses its tasks until then, as expired or too far ahead"
 
 
@@ -30,6 +33,11 @@ class Clocks:
             self._off.discard(agent)
             self._report("agent_clock_right", agent=agent, skew_s=round(skew))
         self._judge_ourselves()
+
+    def ledger_says(self, time_ms: int, now_ms: int) -> None:
+        """The ledger has reached this time, which a quorum of validators has told: ours cannot be earlier and right."""
+        if time_ms - now_ms > OFF_S * 1000:
+            self._report("gateway_clock_off", boards=0, skew_s=round((now_ms - time_ms) / 1000), do=LEDGER_DO)
 
     def _judge_ourselves(self) -> None:
         """Two boards or more, most of them, off by about the same: then we are, and not they."""

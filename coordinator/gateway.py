@@ -27,6 +27,7 @@ from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_
 from bmoe.storage.evidence import EvidenceReader, EvidenceStore
 from coordinator.access import Access
 from coordinator.answer import Answerer
+from coordinator.bodies import Bodies
 from coordinator.cache import Cache
 from coordinator.catalogue import Catalogue
 from coordinator.clocks import Clocks
@@ -40,7 +41,7 @@ from coordinator.dispatch import Dispatcher
 from coordinator.finality import Finality
 from coordinator.fleet import Fleet
 from coordinator.gate import Gate
-from coordinator.intake import take_in
+from coordinator.intake import LARGE_BYTES, take_in
 from coordinator.jobs import Answered, Job, Request, ledger_ms
 from coordinator.journal import Journal
 from coordinator.receipts import Receipts
@@ -60,8 +61,6 @@ FINAL_TIMEOUT_S = 30.0
 IN_GOOD_STANDING = (Standing.PROBATION.value, Standing.TRUSTED.value)
 AGENTS_WAIT_S = 3.0
 AGENTS_LOOK_S = 0.05
-# JSON as large as this would hold up everybody else while it is parsed.
-LARGE_BYTES = 256 * 1024
 
 
 class Gateway:
@@ -89,6 +88,7 @@ class Gateway:
         self.quotas = Quotas()
         self.cache = Cache()
         self._aside = ThreadPoolExecutor(1, "json")
+        self.bodies = Bodies(settings.bodies_bytes)
         self.finality = Finality(self.state)
         self._rejections = Rejections(NAME)
         self.catalogue = Catalogue(self.state)
@@ -118,6 +118,7 @@ class Gateway:
         )
         self.follower.start().add_done_callback(self._on_follower_end)
         await self.follower.catch_up()
+        self.clocks.ledger_says(self.state.time_ms, time.time_ns() // 1_000_000)
         try:
             await self.follower.changed(lambda: NAME in self.state.members, timeout_s=20)
         except asyncio.TimeoutError:

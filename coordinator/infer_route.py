@@ -16,7 +16,7 @@ import orjson
 import structlog
 
 from bmoe.protocol.errors import BmoeError, LimitError, QuotaError
-from coordinator.bodies import Bodies, Receive, number, read_body
+from coordinator.bodies import Receive, number, read_body
 from coordinator.gateway import Gateway
 from coordinator.replies import is_large, reply_of, status_of
 from coordinator.tenants import check_model
@@ -39,7 +39,6 @@ class InferRoute:
 
     def __init__(self, gateway: Gateway, rest: App) -> None:
         self._gateway, self._rest = gateway, rest
-        self._bodies = Bodies(gateway.settings.bodies_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         matched = PATH.fullmatch(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
@@ -70,7 +69,7 @@ class InferRoute:
         tenant = gateway.access.tenant(given.decode("latin-1") if given is not None else None, now)
         check_model(tenant, model)
         gateway.catalogue.check_version(model, version and unquote(version))
-        with gateway.admitted(), gateway.quotas.admitted(tenant, model, now), self._bodies.held(tenant.name) as count:
+        with gateway.admitted(), gateway.quotas.admitted(tenant, model, now), gateway.bodies.held(tenant.name) as count:
             body = await read_body(headers, receive, gateway.settings.body_bytes, count)
             answered = await gateway.infer(model, body, tenant.name, number(headers.get(HEAD_LENGTH)))
             if is_large(answered):

@@ -49,6 +49,9 @@ _JSON_WORDS = {
     bool: "true or false",
 }  # fmt: skip
 
+# JSON as large as this would hold up everybody else while it is parsed.
+LARGE_BYTES = 256 * 1024
+
 
 def take_in(
     body: bytes,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+
+import orjson
 
 from bmoe.protocol.errors import InputError
 from coordinator.catalogue import Catalogue
@@ -14,7 +15,7 @@ from coordinator.recent import KEEP_S
 from coordinator.records import unpack_answered
 from coordinator.recover import Outcome
 
-Respond = Callable[[Answered], dict[str, Any]]
+Respond = Callable[[Answered], Awaitable[bytes]]
 
 
 def reply_to(device: str, key: bytes) -> str:
@@ -29,7 +30,7 @@ class History:
         self._journal, self._catalogue, self._respond = journal, catalogue, respond
         self._started = time.monotonic()
 
-    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, dict[str, Any] | None]:
+    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, bytes | None]:
         """(True, reply, or None while it is in work) if this very request came before; (False, None) otherwise.
 
         What came in this run is known already, and after KEEP_S nothing else counts: then nobody is asked.
@@ -41,7 +42,7 @@ class History:
         if row is None or too_old or row.status == "failed":
             return False, None
         try:
-            return True, self._reply(row)
+            return True, await self._reply(row)
         except InputError:  # its model is gone
             return False, None
 
@@ -49,16 +50,17 @@ class History:
         """The broker has the reply to a request."""
         self._journal.replied(bytes.fromhex(request))
 
-    def outcome(self, outcome: Outcome) -> tuple[str, dict[str, Any]]:
-        """(device, reply) of a request that an earlier run left."""
+    async def outcome(self, outcome: Outcome) -> tuple[str, bytes, str]:
+        """(device, reply, the request's own id) of a request that an earlier run left."""
         row = outcome.row
         device = row.reply_to.split(" ")[0]
         if outcome.answered is not None:
-            return device, self._respond(outcome.answered)
+            return device, await self._respond(outcome.answered), row.id.hex()
         known = {"id": row.client_id} if row.client_id else {}
-        return device, {**known, "request": row.id.hex(), "error": outcome.reason, "status": 503}
+        values = {**known, "request": row.id.hex(), "error": outcome.reason, "status": 503}
+        return device, orjson.dumps(values), row.id.hex()
 
-    def _reply(self, row: Row) -> dict[str, Any] | None:
+    async def _reply(self, row: Row) -> bytes | None:
         if row.outcome is None:
             return None
-        return self._respond(unpack_answered(row.outcome, self._catalogue.version))
+        return await self._respond(unpack_answered(row.outcome, self._catalogue.version))

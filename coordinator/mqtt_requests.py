@@ -12,14 +12,15 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import orjson
 import structlog
 
 from bmoe.protocol.errors import BmoeError, MessageError, RefusedError, UnavailableError
 from bmoe.protocol.topics import topic
-from coordinator.intake import check_lists
+from coordinator.bodies import Bodies
+from coordinator.intake import LARGE_BYTES, check_lists
 from coordinator.mqtt_history import reply_to
 from coordinator.recent import Recent, request_key
 
@@ -28,7 +29,6 @@ log = structlog.get_logger("mqtt_requests")
 DEVICE_WAITING = 32
 DEVICE_BYTES = 16 << 20
 DEVICE_RUNNING = 8
-WAITING_BYTES = 128 << 20
 REPLY_S = 60.0
 STOP_S = 3.0
 ID_CHARACTERS = 128
@@ -37,7 +37,14 @@ PEEK_BYTES = 4096
 
 REFUSALS_SENT = 8
 RETRY_S = 0.05
-Answer = Callable[[str, str, bytes, str], Awaitable[dict[str, Any]]]
+T = TypeVar("T")
+Answer = Callable[[str, str, bytes, str], Awaitable[tuple[bytes, str]]]
+
+
+class Aside(Protocol):
+    """Does work on large JSON off the loop."""
+
+    async def __call__(self, work: Callable[[], T]) -> T: ...
 
 
 class Replies(Protocol):
@@ -51,15 +58,17 @@ class Replies(Protocol):
 class Earlier(Protocol):
     """What is known of requests from before this run, and who wants to know that a reply was sent."""
 
-    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, dict[str, Any] | None]: ...
+    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, bytes | None]: ...
 
     def sent(self, request: str) -> None: ...
 
 
 @dataclass
 class _Queue:
-    """One device's requests: those that wait, how many are in work, the bytes of both, and refusals on their way."""
+    """One device's requests: whose they are, those that wait, how many are in work, the bytes of both, and refusals
+    on their way."""
 
+    tenant: str
     waiting: deque[tuple[str, bytes]] = field(default_factory=deque)
     running: int = 0
     bytes: int = 0
@@ -70,8 +79,9 @@ class _Queue:
 class MqttRequests:
     """Takes what devices publish; nothing of it blocks the link, nothing of it grows without bound.
 
-    `answer(device, model, body, where)` gives the reply of the HTTP API or raises BmoeError, `where` being the name by
-    which a later run knows the request; `status(error)` is its HTTP status; `owner(device)` the tenant.
+    `answer(device, model, body, where)` gives the reply of the HTTP API and the request's own id or raises BmoeError,
+    `where` being the name by which a later run knows the request; `status(error)` is its HTTP status; `owner(device)`
+    the tenant, in whose name `bodies` counts what waits and is in work.
     """
 
     def __init__(
@@ -81,26 +91,34 @@ class MqttRequests:
         status: Callable[[BmoeError], int],
         owner: Callable[[str], str],
         history: Earlier,
+        bodies: Bodies,
+        aside: Aside,
     ) -> None:
         self._answer, self._link, self._status = answer, link, status
         self._owner, self._history = owner, history
+        self._bodies, self._aside = bodies, aside
         self._queues: dict[str, _Queue] = {}
-        self._bytes = 0
         self._recent = Recent()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = False
 
     def take(self, device: str, model: str, payload: bytes) -> None:
         """A request as it came from the broker."""
-        queue = self._queues.setdefault(device, _Queue())
+        queue = self._queues.get(device)
+        if queue is None:
+            queue = self._queues[device] = _Queue(self._tenant(device))
         full = len(queue.waiting) + queue.running >= DEVICE_WAITING
         full = full or (queue.bytes + len(payload) > DEVICE_BYTES and queue.bytes > 0)
-        if full or self._stopping or self._bytes + len(payload) > WAITING_BYTES:
+        if full or self._stopping:
             self._refuse(device, queue, payload)
+            return
+        try:
+            self._bodies.add(queue.tenant, len(payload))
+        except UnavailableError as error:
+            self._refuse(device, queue, payload, error)
             return
         queue.waiting.append((model, payload))
         queue.bytes += len(payload)
-        self._bytes += len(payload)
         self._start(device, queue)
 
     async def stop(self) -> None:
@@ -126,21 +144,24 @@ class MqttRequests:
         finally:
             queue.running -= 1
             queue.bytes -= len(payload)
-            self._bytes -= len(payload)
+            self._bodies.remove(queue.tenant, len(payload))
             self._start(device, queue)
             if not queue.running:
                 self._queues.pop(device, None)
 
-    def tell(self, device: str, values: dict[str, Any]) -> None:
-        """Send the outcome of a request that an earlier run left."""
-        self._spawn(self._deliver(device, orjson.dumps(values), request=request_of(values)))
+    def tell(self, outcome: Awaitable[tuple[str, bytes, str]]) -> None:
+        """Send the outcome of a request that an earlier run left: its device, the reply, and the request's own id."""
+        self._spawn(self._tell(outcome))
+
+    async def _tell(self, outcome: Awaitable[tuple[str, bytes, str]]) -> None:
+        device, reply, request = await outcome
+        await self._deliver(device, reply, request=request)
 
     async def _serve(self, device: str, model: str, payload: bytes) -> None:
         """One request, from its bytes to the broker's acknowledgement of its reply."""
         key, client_id, request = b"", "", ""
         try:
-            client_id = id_of(payload)
-            key = request_key(client_id, model, payload) if client_id else b""
+            client_id, key = await self._named(model, payload)
             where = reply_to(device, key)
             fresh, reply = await self._begin(device, client_id, key, where)
             if not fresh:
@@ -148,8 +169,7 @@ class MqttRequests:
                 if reply is not None:
                     await self._deliver(device, reply)
                 return
-            values = await self._answer(device, model, payload, where)
-            reply, request = orjson.dumps(values), request_of(values)
+            reply, request = await self._answer(device, model, payload, where)
         except BmoeError as error:
             reply = self._error(error, client_id)
             self._forget(device, key)
@@ -162,6 +182,21 @@ class MqttRequests:
                 self._recent.done(device, key, reply)
         await self._deliver(device, reply, client_id, request)
 
+    async def _named(self, model: str, payload: bytes) -> tuple[str, bytes]:
+        """The client's id, and what makes another message the same request; both empty where it has no id."""
+
+        def named() -> tuple[str, bytes]:
+            client_id = id_of(payload)
+            return client_id, request_key(client_id, model, payload) if client_id else b""
+
+        return await self._aside(named) if len(payload) > LARGE_BYTES else named()
+
+    def _tenant(self, device: str) -> str:
+        try:
+            return self._owner(device)
+        except RefusedError:  # a stranger, who is told so in his turn
+            return device
+
     async def _begin(self, device: str, client_id: str, key: bytes, where: str) -> tuple[bool, bytes | None]:
         """(True, None) for a request to be run; else (False, its reply or None if it is in work)."""
         if not key:
@@ -169,9 +204,8 @@ class MqttRequests:
         fresh, reply = self._recent.begin(device, key, time.monotonic())
         if not fresh:
             return False, reply
-        known, values = await self._history.earlier(self._owner(device), client_id, where)
-        if known and values is not None:
-            reply = orjson.dumps(values)
+        known, reply = await self._history.earlier(self._owner(device), client_id, where)
+        if known and reply is not None:
             self._recent.done(device, key, reply)
         elif known:  # an earlier run's, which is told when it is finished; asked for again, the journal is asked again
             self._forget(device, key)
@@ -201,21 +235,22 @@ class MqttRequests:
                     await self._link.wait_up(left)
                 await asyncio.sleep(RETRY_S)  # a link that is up and takes nothing must not be tried in a rush
 
-    def _refuse(self, device: str, queue: _Queue, payload: bytes) -> None:
+    def _refuse(self, device: str, queue: _Queue, payload: bytes, error: BmoeError | None = None) -> None:
         held = len(queue.waiting) + queue.running
         if not queue.told:  # once for each time that its queue fills
             queue.told = True
             log.warning("requests_refused", device=device, held=held, bytes=queue.bytes)
         if queue.refusals < REFUSALS_SENT:  # a flood of requests must not become a flood of refusals
             queue.refusals += 1
-            self._spawn(self._tell_refused(device, queue, held, payload))
+            limit = f"{held} requests of {device} with {queue.bytes} bytes are in work or wait, the limit: slow down"
+            status = 503 if self._stopping or error else 429
+            error = error or UnavailableError("the gateway is stopping" if self._stopping else limit)
+            self._spawn(self._tell_refused(device, queue, payload, error, status))
 
-    async def _tell_refused(self, device: str, queue: _Queue, held: int, payload: bytes) -> None:
-        limit = f"{held} requests of {device} with {queue.bytes} bytes are in work or wait, the limit: slow down"
-        error = UnavailableError("the gateway is stopping" if self._stopping else limit)
+    async def _tell_refused(self, device: str, queue: _Queue, payload: bytes, error: BmoeError, status: int) -> None:
         try:
             client_id = id_of(payload) if len(payload) <= PEEK_BYTES else ""
-            refusal = self._error(error, client_id, 503 if self._stopping else 429)
+            refusal = self._error(error, client_id, status)
             await self._link.publish(topic(device, "reply"), refusal, qos=1)
         except (UnavailableError, MessageError):
             pass
@@ -253,11 +288,6 @@ def id_of(payload: bytes) -> str:
     if not isinstance(found, str) or len(found) > ID_CHARACTERS:
         raise MessageError(f"id must be text of at most {ID_CHARACTERS} characters")
     return found
-
-
-def request_of(values: dict[str, Any]) -> str:
-    """The request's own id in a reply."""
-    return str(values.get("request") or values["parameters"]["request"])
 
 
 def owner_of(members: dict[str, Any], device: str) -> str:

@@ -95,7 +95,6 @@ GATEWAY_LIMITS = (
     ("coordinator.mqtt_requests", "DEVICE_RUNNING", "requests over MQTT of one device in work at once"),
     ("coordinator.mqtt_requests", "DEVICE_WAITING", "requests over MQTT of one device that wait or are in work"),
     ("coordinator.mqtt_requests", "DEVICE_BYTES", "bytes of the requests over MQTT of one device"),
-    ("coordinator.mqtt_requests", "WAITING_BYTES", "bytes of the requests over MQTT of all devices"),
     ("coordinator.recent", "KEEP_S", "s for which a request over MQTT that comes again is known"),
     ("coordinator.recent", "DEVICE_COUNT", "requests of one device that are known for that"),
     ("coordinator.receive", "MAX_UP_BYTES", "bytes of one message from an agent"),

@@ -35,6 +35,18 @@ def test_one_board_s_clock_is_told_once_and_so_is_its_return(skew_ms: int) -> No
     assert told[-1][0] == "agent_clock_right" and len(told) == 2
 
 
+def test_a_gateway_that_starts_behind_its_ledger_says_so_before_any_board_does() -> None:
+    told = Told()
+    Clocks(told).ledger_says(NOW, NOW - HOUR)
+    [(event, facts)] = told
+    assert (event, facts["skew_s"]) == ("gateway_clock_off", -3600) and "behind the time that the ledger" in str(
+        facts["do"]
+    )
+    for ledger_ms in (0, NOW, NOW + 5_000):  # no time yet; a gateway that was away; what a tick may be ahead
+        Clocks(told).ledger_says(ledger_ms, NOW)
+    assert len(told) == 1
+
+
 def test_when_all_boards_differ_alike_it_is_the_gateway() -> None:
     told = Told()
     clocks = Clocks(told)
