@@ -207,7 +207,7 @@ class Board:
         self.identity, self.name = identity, identity.name
         self._seq = time.time_ns() // 1_000_000
         topics = (topic(self.name, "task"), topic(self.name, "notice"))
-        self.peer = Peer(self.settings(self.name), *topics, will=lambda: self._status("lost"))
+        self.peer = Peer(self.settings(self.name), *topics, will=lambda: self.status("lost"))
         self._given = 0
 
     def settings(self, client_id: str) -> LinkSettings:
@@ -229,7 +229,8 @@ class Board:
         self._seq += 1
         return self._seq
 
-    def _status(self, state: str) -> Will:
+    def status(self, state: str) -> Will:
+        """A signed status, with where and how it is published."""
         header = Status(
             **self.stamp().common(), state=state, started_ms=1, version="0", board="test", provider="CPU",
             memory_mb=64, queue_limit=8,
@@ -238,7 +239,7 @@ class Board:
 
     def announce(self, state: str) -> None:
         """Tell the coordinator that we are "online" or "stopping"."""
-        status = self._status(state)
+        status = self.status(state)
         self.peer.link.publish(status.topic, status.payload, status.qos, status.retain)
 
     async def send(self, payload: bytes, device: str | None = None, channel: str = "output") -> None:

@@ -7,9 +7,14 @@ import random
 
 import psutil
 import pytest
-from live_fleet import LiveFleet
+from fault_tools import kill_in_gateway, until
+from live_fleet import Board, LiveFleet
 
+from bmoe.ledger.rules.commitments import commit_rows
+from bmoe.protocol.messages import Output, seal_message, tensor_specs
+from bmoe.protocol.tensors import Tensor
 from bmoe.protocol.tls import mutual_tls
+from bmoe.protocol.topics import topic
 from coordinator.embedded.ports import read_ports
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
@@ -92,6 +97,45 @@ async def test_garbage_from_an_enrolled_device_is_named_in_the_log_and_changes_n
     assert not fleet.log_lines("coordinator", "request_failed")
     assert not fleet.log_lines("coordinator", "handler_failed")
     assert gateway_memory(fleet) - before < RSS_GROWTH
+
+
+async def test_what_a_device_leaves_retained_is_judged_anew_by_each_coordinator_and_changes_nothing(
+    fleet: LiveFleet,
+) -> None:
+    """The broker gives it to whoever subscribes, so it is the first thing that a coordinator hears after its start."""
+    async with fleet.board("hoarder") as board:
+        output = unasked(board)
+        left = {"output": output, "status": b"\xff" * 100, "health": b"\xa0", "request/wearable": b"{}"}
+        for channel, payload in left.items():
+            await board.peer.link.publish(topic("hoarder", channel), payload, qos=1, retain=True)
+        await fleet.refused("hoarder", output, "the task is unknown or long closed")
+        await kill_in_gateway(fleet.fleet, "coordinator")
+        await until(lambda: _answers(fleet), 20, "a coordinator that answers again")
+        await until(lambda: _said_twice(fleet), 5, "what was left is refused again")
+        for channel in left:
+            await board.peer.link.publish(topic("hoarder", channel), b"", qos=1, retain=True)
+    assert not fleet.log_lines("coordinator", "handler_failed")
+    facts = await fleet.unharmed()
+    assert not facts.equivocations and not facts.outputs_of("hoarder")
+
+
+def unasked(board: Board) -> bytes:
+    """A signed output for a task that never was."""
+    tensor, salt = Tensor("probabilities", "float32", (1, 6), bytes(24)), bytes(16)
+    header = Output(
+        **board.stamp().common(), task=bytes(16), expert=bytes(32), input_root=bytes(32), rows=1,
+        outputs=tensor_specs([tensor]), output_root=commit_rows(board.name, salt, [tensor], 1), provider="CPU", duration_us=1,
+    )  # fmt: skip
+    return seal_message(board.identity.signer, header, [salt, tensor.data])
+
+
+async def _said_twice(fleet: LiveFleet) -> bool:
+    lines = [fleet.log_lines("coordinator", event) for event in ("output_refused", "message_refused")]
+    return all(sum(line["agent"] == "hoarder" for line in found) >= 2 for found in lines)
+
+
+async def _answers(fleet: LiveFleet) -> bool:
+    return fleet.is_right(await fleet.ask())
 
 
 async def test_a_device_that_floods_its_topic_with_one_message_fills_no_log(fleet: LiveFleet) -> None:
