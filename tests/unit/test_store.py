@@ -168,7 +168,9 @@ def test_a_replica_with_torn_pages_is_named_with_the_way_out_which_leads_to_the_
     store.close()
     sound = path.read_bytes()
     path.write_bytes(sound[:4096] + b"\xa5" * (len(sound) - 4096))
-    with pytest.raises(LedgerError, match=r"replica\.db is damaged: .*copy the state directory, then move this file away"):
+    with pytest.raises(
+        LedgerError, match=r"replica\.db is damaged: .*copy the state directory, then move this file away"
+    ):
         open_store(path)
     path.rename(tmp_path / "copy.db")
     anew = open_store(path)
