@@ -208,8 +208,10 @@ async def test_a_question_answered_while_its_earlier_copy_is_being_verified_ends
 
         async def slowly(identity: str) -> Submission | None:
             await board.queue.drop(identity)  # as `ask` does once the gateway has answered
-            got.set()
-            return await get(identity)
+            try:
+                return await get(identity)
+            finally:
+                got.set()
 
         board.queue.get = slowly  # type: ignore[method-assign]
         await board.ask("twice")
