@@ -22,6 +22,7 @@ from bmoe.ledger.rules.fold import apply_message
 from bmoe.ledger.rules.frames import build_frame, parse_frame
 from bmoe.ledger.rules.merkle import leaf_hash, merkle_root, row_proof, verify_consistency, verify_inclusion
 from bmoe.ledger.rules.receipt import verify_receipt
+from bmoe.ledger.rules.receipt_format import Evidence, Receipt, format_receipt, parse_receipt
 from bmoe.ledger.rules.tlog_proof import format_proof, parse_proof
 from bmoe.ledger.rules.trust import format_trust, parse_anchor, parse_trust
 from bmoe.ledger.store import Store
@@ -39,8 +40,8 @@ from bmoe.protocol.keys import Signer
 
 @functools.cache
 def ledger():  # type: ignore[no-untyped-def]
-    """The ledger of test_receipt with keys that are the same in every run: one answer, one verdict, a checkpoint."""
-    from test_receipt import Ledger, answered, decided
+    """The ledger of the receipts' tests with keys that are the same in every run: one answer, one verdict, a checkpoint."""
+    from receipt_ledger import Ledger, answered, decided
 
     made = Ledger.__new__(Ledger)
     fleet = made.fleet = Fleet(agent_count=3, registrar=_key("registrar"))
@@ -128,7 +129,13 @@ def _receipt(data: bytes) -> None:
 
 @functools.cache
 def _honest_receipts() -> tuple[bytes, ...]:
-    return tuple(_receipts())
+    """Those issued, and the same without openings: that is a receipt too, and says itself that it proves less."""
+    bare = [parse_receipt(data) for data in _receipts()]
+    return (*_receipts(), *(_format(dataclasses.replace(r.evidence, openings=()), r) for r in bare))
+
+
+def _format(evidence: Evidence, receipt: Receipt) -> bytes:
+    return format_receipt(evidence, receipt.index, receipt.path, receipt.note.format()).encode()
 
 
 def _vary_receipt(random: Random, data: bytes) -> bytes:
