@@ -173,7 +173,7 @@ WILD = (
     Wild("wide", "onnx.helper", _external, _floats("x", 5, 512), True, 13),
     Wild("trees", "onnxmltools", _lightgbm, _floats("table", 6, 5), True, 8),
     Wild("magika", "tf2onnx", _shipped("magika", "models/standard_v3_3/model.onnx"),
-         lambda draw: {"bytes": draw.integers(0, 257, (3, 2048)).astype(np.int32)}, True, 15),
+         lambda draw: {"bytes": draw.integers(0, 257, (2, 2048)).astype(np.int32)}, True, 15),
     Wild("silero", "PyTorch", _shipped("silero_vad", "data/silero_vad.onnx"), _voice, False, 16),
     Wild("kept", "spox", _spox,
          lambda draw: {"x": draw.standard_normal((4, 3)).astype(np.float32), "keep": draw.random((4, 3)) < 0.5},

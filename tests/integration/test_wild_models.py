@@ -1,4 +1,4 @@
-"""Models of the wild: ten of unlike exporters are published to a running gateway, and real agents serve them.
+"""Models of one's own, and of the wild: ten of unlike exporters are published to a running gateway, and agents serve them.
 
 Each answer is, bit for bit, what onnxruntime alone gives for the same input under the same session options.
 """
@@ -6,42 +6,63 @@ Each answer is, bit for bit, what onnxruntime alone gives for the same input und
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
+import onnx_models
 import onnxruntime
 import pytest_asyncio
+from wild_models import WILD, Arrays, Wild, write_mixture
 
 from benchmarks.fleet import AgentSpec, LocalFleet
 from bmoe.client import Client
 from bmoe.inference import sessions
 from bmoe.ledger.rules.combine import choose
+from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.receipt import verify_receipt
-from bmoe.storage.manifest import MANIFEST_NAME, Expert, Model, load_model
+from bmoe.storage.manifest import MANIFEST_NAME, Expert, Model, TensorSpec, load_model, render_manifest
 from coordinator.models.draft import Wishes, draft
 from coordinator.models.publish import publish
 from coordinator.models.trial import Lab
 from coordinator.state_layout import StateLayout
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from wild_models import WILD, Arrays, Wild, write_mixture
-
 MIXTURE = "mixture"
+COLUMNS = 20_000
+ROWS = 3
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def published(tmp_path_factory: object) -> AsyncIterator[tuple[LocalFleet, Path]]:
-    """A fleet that came up without any of them, and then had them all published."""
+    """A fleet that came up with one model of our own, on one card's address, and then had all the others published."""
     root: Path = tmp_path_factory.mktemp("wild")  # type: ignore[attr-defined]
     agents = [AgentSpec("board-1", "owner-1"), AgentSpec("board-2", "owner-2")]
-    async with LocalFleet(root / "fleet", agents) as fleet:
+    write_echo(root / "echo")
+    async with LocalFleet(root / "fleet", agents, ("--model", str(root / "echo"), "--host", "127.0.0.2")) as fleet:
         await asyncio.gather(fleet.start(), _draft_all(root))
         for name in (*(wild.name for wild in WILD), MIXTURE):
             reply = await asyncio.to_thread(publish, fleet.state, root / name, "operator")
             assert (reply["model"], reply["version"]) == (name, 1) and reply["position"] > 0
         yield fleet, root
+
+
+def write_echo(folder: Path) -> None:
+    """An expert that gives back what it is given: float32 [N, 20000], 80 kB a row."""
+    data = onnx_models.echo(onnx_models.FLOAT, ("N", COLUMNS))
+    folder.mkdir()
+    (folder / "echo.onnx").write_bytes(data)
+    spec = TensorSpec("x", "float32", (None, COLUMNS))
+    expert = Expert(
+        name="echo", file="echo.onnx", sha256=hashlib.sha256(data).hexdigest(), bytes=len(data), opset=17, memory_mb=16,
+        batch=True, inputs=(spec,), outputs=(TensorSpec("y", "float32", (None, COLUMNS), 1e-6),),
+    )  # fmt: skip
+    model = Model(
+        format=1, name="echo", version=1, licence="Apache-2.0", description="gives back its input", top_k=1,
+        combine="weighted_sum", labels=(), gate=None, experts=(expert,), cacheable=True,
+    )  # fmt: skip
+    (folder / "model.json").write_bytes(render_manifest(model))
 
 
 async def _draft_all(root: Path) -> None:
@@ -159,6 +180,33 @@ async def test_the_command_publishes_a_new_version_to_a_running_gateway(publishe
     (folder / MANIFEST_NAME).write_text(original)
     assert (await asyncio.to_thread(publish, fleet.state, folder, "operator"))["position"] == 0
     assert (await _bmoe("model", "list", "--state", str(fleet.state)))[1].count("mixture version 2, 3 experts") == 1
+
+
+async def test_a_model_of_ones_own_with_large_outputs_is_served_verified_and_audited(
+    published: tuple[LocalFleet, Path],
+) -> None:
+    """They are larger than what rides in a frame, so they go through the evidence store, and validators fetch them."""
+    fleet, _ = published
+    client = fleet.client()
+    x = np.random.default_rng(5).normal(size=(ROWS, COLUMNS)).astype(np.float32)
+    answer = await asyncio.to_thread(lambda: client.infer("echo", {"x": x}, wait="final"))
+    assert x[0].nbytes > INLINE_BYTES and np.array_equal(answer.outputs["y"], x)
+    receipt = await asyncio.to_thread(client.receipt, answer.request)
+    audited = verify_receipt(receipt, StateLayout(fleet.state).load_trust())
+    assert audited.entry.request.hex() == answer.request
+    assert not audited.recomputed or audited.relied_on, "openings as large as these are not in the receipt"
+    before = client.statistics()
+    again = await asyncio.to_thread(lambda: client.infer("echo", {"x": x}, wait="final"))
+    after = client.statistics()
+    assert np.array_equal(again.outputs["y"], x) and again.verdicts == answer.verdicts, "its manifest allows it"
+    assert (after["cache_hits"], after["tasks"]) == (before["cache_hits"] + 1, before["tasks"])
+    assert again.request != answer.request, "an answer of its own on the ledger, on the same verdict"
+    audited = verify_receipt(
+        await asyncio.to_thread(client.receipt, again.request), StateLayout(fleet.state).load_trust()
+    )
+    assert audited.entry.request.hex() == again.request
+    other = await asyncio.to_thread(lambda: client.infer("echo", {"x": x + 1}))
+    assert np.array_equal(other.outputs["y"], x + 1) and other.verdicts != answer.verdicts
 
 
 async def _bmoe(*arguments: str) -> tuple[int, str]:
