@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_fleet import LiveFleet
+from fault_tools import until
+from live_fleet import PATIENCE_S, LiveFleet
 from prometheus_client.parser import text_string_to_metric_families
 
 from bmoe.protocol.errors import InputError
@@ -65,12 +66,17 @@ async def test_every_metric_of_the_table_is_told_and_no_other(fleet: LiveFleet) 
 
 
 async def test_all_processes_tell_their_figures(fleet: LiveFleet) -> None:
-    for _ in range(100):  # each is written every 5 s
+    async def told() -> bool:
+        nonlocal families
         families = await scrape(fleet.fleet.state)
-        if value(families, "bmoe_process_up") == len(PROCESSES) and value(families, "bmoe_validator_signed_size"):
-            break
-        await asyncio.sleep(0.1)
+        return (
+            value(families, "bmoe_process_up") == len(PROCESSES)
+            and value(families, "bmoe_validator_signed_size") > 0
+            and value(families, "bmoe_registrar_events_total", event="enrolled") >= len(fleet.honest)
+        )
+
+    families: dict[str, Any] = {}
+    await until(told, PATIENCE_S, "each process's figures, which are written every 5 s")
     assert {s.labels["process"] for s in families["bmoe_process_up"].samples if s.value} == PROCESSES
     assert {s.labels["process"] for s in families["bmoe_figures_age_seconds"].samples} >= {"up", "registrar"}
     assert value(families, "bmoe_validator_signed_size", validator="validator-1") > 0
-    assert value(families, "bmoe_registrar_events_total", event="enrolled") >= len(fleet.honest)

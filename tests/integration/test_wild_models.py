@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx_models
 import onnxruntime
+import pytest
 import pytest_asyncio
 from wild_models import WILD, Arrays, Wild, write_mixture
 
@@ -23,6 +24,7 @@ from bmoe.inference import sessions
 from bmoe.ledger.rules.combine import choose
 from bmoe.ledger.rules.frames import INLINE_BYTES
 from bmoe.ledger.rules.receipt import verify_receipt
+from bmoe.protocol.errors import RefusedError
 from bmoe.storage.manifest import MANIFEST_NAME, Expert, Model, TensorSpec, load_model, render_manifest
 from coordinator.models.draft import Wishes, draft
 from coordinator.models.publish import publish
@@ -169,17 +171,20 @@ async def test_the_command_publishes_a_new_version_to_a_running_gateway(publishe
     for blank in ("licence", "description"):
         text = text.replace(f'"{blank}": "FILL IN', f'"{blank}": "filled in')
     (folder / MANIFEST_NAME).write_text(text.replace('"top_k": 2', '"top_k": 3'))
-    refused = await _bmoe("model", "publish", str(folder), "--state", str(fleet.state))
-    assert refused[0] == 1 and "mixture 1 is published with other content: give it version 2" in refused[1]
+    with pytest.raises(RefusedError, match="mixture 1 is published with other content: give it version 2"):
+        await asyncio.to_thread(publish, fleet.state, folder, "operator")
     status, said = await _bmoe("model", "publish", str(folder), "--bump", "--state", str(fleet.state))
     assert status == 0 and "published mixture version 2; it is served now" in said
     answer = await asyncio.to_thread(fleet.client().infer, MIXTURE, {"X": np.zeros((1, 4), np.float32)})
     assert len(answer.verdicts) == 3
-    status, said = await _bmoe("model", "publish", str(folder), "--bump", "--state", str(fleet.state))
+    (status, said), (_, listed) = await asyncio.gather(
+        _bmoe("model", "publish", str(folder), "--bump", "--state", str(fleet.state)),
+        _bmoe("model", "list", "--state", str(fleet.state)),
+    )
     assert status == 0 and "mixture version 2 is published already; nothing changed" in said
+    assert listed.count("mixture version 2, 3 experts") == 1
     (folder / MANIFEST_NAME).write_text(original)
     assert (await asyncio.to_thread(publish, fleet.state, folder, "operator"))["position"] == 0
-    assert (await _bmoe("model", "list", "--state", str(fleet.state)))[1].count("mixture version 2, 3 experts") == 1
 
 
 async def test_a_model_of_ones_own_with_large_outputs_is_served_verified_and_audited(
