@@ -183,6 +183,7 @@ class Answerer:
 
     def _watch(self, request: Request, tasks: tuple[bytes, ...], entering: asyncio.Future[int]) -> None:
         def entered(done: asyncio.Future[int]) -> None:
+            """Count what was entered, and how long it took; say what was not."""
             seconds = time.monotonic() - self._entering.pop(done)
             if done.cancelled():
                 return

@@ -50,17 +50,25 @@ class Aside(Protocol):
 class Replies(Protocol):
     """What replying needs of the link."""
 
-    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]: ...
+    def publish(self, topic: str, payload: bytes, qos: int = 0, retain: bool = False) -> asyncio.Future[None]:
+        """Publish a message, and tell when the broker has it."""
+        ...
 
-    async def wait_up(self, timeout_s: float) -> None: ...
+    async def wait_up(self, timeout_s: float) -> None:
+        """Return once the link is up; raises UnavailableError."""
+        ...
 
 
 class Earlier(Protocol):
     """What is known of requests from before this run, and who wants to know that a reply was sent."""
 
-    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, bytes | None]: ...
+    async def earlier(self, tenant: str, client_id: str, where: str) -> tuple[bool, bytes | None]:
+        """(True, reply, or None while it is in work) if an earlier run took this on; (False, None) otherwise."""
+        ...
 
-    def sent(self, request: str) -> None: ...
+    def sent(self, request: str) -> None:
+        """The broker has the reply to this request."""
+        ...
 
 
 @dataclass
