@@ -66,6 +66,8 @@ async def test_every_metric_of_the_table_is_told_and_no_other(fleet: LiveFleet) 
 
 
 async def test_all_processes_tell_their_figures(fleet: LiveFleet) -> None:
+    families: dict[str, Any] = {}
+
     async def told() -> bool:
         nonlocal families
         families = await scrape(fleet.fleet.state)
@@ -75,7 +77,6 @@ async def test_all_processes_tell_their_figures(fleet: LiveFleet) -> None:
             and value(families, "bmoe_registrar_events_total", event="enrolled") >= len(fleet.honest)
         )
 
-    families: dict[str, Any] = {}
     await until(told, PATIENCE_S, "each process's figures, which are written every 5 s")
     assert {s.labels["process"] for s in families["bmoe_process_up"].samples if s.value} == PROCESSES
     assert {s.labels["process"] for s in families["bmoe_figures_age_seconds"].samples} >= {"up", "registrar"}
