@@ -30,7 +30,7 @@ SOURCES = {
 }
 CODE = re.compile(r"`([^`\n]+)`")
 OF_A_STATE_DIRECTORY = {f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json")}
-GROUPS = ("token", "device", "api-token", "tenant")
+GROUPS = ("token", "device", "api-token", "tenant", "boards")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
 

@@ -23,6 +23,7 @@ ALLOWED = {
     ("bmoe/ledger/rules/trust.py", "ValueError"): "a hook of json, made a ProofError",
     ("bmoe/storage/strict_json.py", "ValueError"): "a hook of json, made a ManifestError",
     ("coordinator/door.py", "ValueError"): "ends one connection, caught by the reader that called",
+    ("coordinator/boards.py", "ValueError"): "pydantic's way to refuse a profile, made a ConfigError there",
     ("coordinator/config.py", "ValueError"): "pydantic's way to refuse settings, made a ConfigError there",
     ("coordinator/cli/commands.py", "Exit"): "typer's own way out",
     ("coordinator/embedded/ledger_stream.py", "AssertionError"): "unreachable",
