@@ -6,10 +6,10 @@ A profile holds facts of a board that flashing, installing and emulating need. I
 from __future__ import annotations
 
 import re
-import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tomllib
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from bmoe.protocol.errors import ConfigError, UnknownError
@@ -87,7 +87,9 @@ class Thermal(_Part):
 
     zone: Word | Literal[""] = ""
     path: Absolute | Literal[""] = ""
-    throttle_c: int = Field(0, ge=0, le=120, description="Where the firmware begins to slow down, degrees C; 0: unknown.")
+    throttle_c: int = Field(
+        default=0, ge=0, le=120, description="Where the firmware begins to slow down, degrees C; 0: unknown."
+    )
 
 
 class Watchdog(_Part):
@@ -95,8 +97,8 @@ class Watchdog(_Part):
 
     device: Absolute | Literal[""] = ""
     driver: Word | Literal[""] = ""
-    max_s: int = Field(0, ge=0, le=65535)
-    timeout_s: int = Field(0, ge=0, le=65535)
+    max_s: int = Field(default=0, ge=0, le=65535)
+    timeout_s: int = Field(default=0, ge=0, le=65535)
 
 
 class Board(_Part):

@@ -13,7 +13,7 @@ from bmoe.protocol.errors import ConfigError, InputError, MessageError
 from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Member, open_message
 from bmoe.protocol.schema import is_name
-from edge_agent.join_token import check_url
+from bmoe.protocol.join_token import check_url
 
 MEMBERS_MAX = 256
 

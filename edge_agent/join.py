@@ -37,7 +37,7 @@ from bmoe.protocol.tls import mutual_tls
 from edge_agent.fleet import FleetClient, pinned
 from edge_agent.health import board
 from edge_agent.identity import Identity, from_facts, identity_file, load_identity
-from edge_agent.join_token import JoinToken, check_url, parse_token
+from bmoe.protocol.join_token import JoinToken, check_url, parse_token
 
 
 def join(state: Path, token_text: str, *, name: str | None, gateway: str | None, force: bool) -> Identity:

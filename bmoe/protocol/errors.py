@@ -9,6 +9,7 @@ BmoeError
 |   +-- ProofError         a Merkle proof, note, checkpoint or receipt that does not verify
 |   +-- ManifestError      a model manifest that is not true or not allowed
 |   +-- ModelError         a model file that cannot be loaded or served
+|   +-- ImageError         a disk image that is damaged, or not for this board
 |   +-- UnknownError       it names something that is not here
 |   `-- LimitError         it is larger than what is taken
 +-- RefusedError           well-formed, but the peer may not do this (identity, standing, replay)
@@ -57,6 +58,10 @@ class ManifestError(InputError):
 
 class ModelError(InputError):
     """A model file that cannot be loaded or served."""
+
+
+class ImageError(InputError):
+    """A disk image that is damaged, cut short, or not for this board."""
 
 
 class UnknownError(InputError):

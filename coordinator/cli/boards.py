@@ -11,7 +11,9 @@ from rich.table import Table
 
 from coordinator.cli.tables import out
 
-boards_app = typer.Typer(help="Board profiles: what is known of a board, for flashing and emulation.", no_args_is_help=True)
+boards_app = typer.Typer(
+    help="Board profiles: what is known of a board, for flashing and emulation.", no_args_is_help=True
+)
 
 
 @boards_app.command("list")

@@ -15,6 +15,7 @@ from bmoe.client import Client
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
 from coordinator.cli.admin import Admin
 from coordinator.cli.boards import boards_app
+from coordinator.cli.flash import flash
 from coordinator.cli.model import model_app
 from coordinator.cli.tables import out, show
 from coordinator.cli.tenants import api_token_app, tenant_app
@@ -37,6 +38,7 @@ app.add_typer(api_token_app, name="api-token")
 app.add_typer(tenant_app, name="tenant")
 app.add_typer(device_app, name="device")
 app.add_typer(boards_app, name="boards")
+app.command()(flash)
 
 State = Annotated[Path, typer.Option(help="The gateway's state directory.", envvar="BMOE_STATE")]
 Url = Annotated[str | None, typer.Option(help="The gateway's API; read from the state directory when not given.")]

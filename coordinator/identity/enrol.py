@@ -20,11 +20,12 @@ from bmoe.ledger.rules.entries import Entry, MemberEntry
 from bmoe.protocol.errors import LedgerError, MessageError, RefusedError
 from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Enrolment, Member, open_message, seal_message
+from bmoe.protocol.schema import is_name
 from bmoe.protocol.text import plain
 from coordinator.identity.admission import DEVICE_SUFFIXES
 from coordinator.identity.authority import Authority, check_csr, csr_digest, spki_digest
 from coordinator.identity.directory import Directory, Known
-from coordinator.identity.tokens import ID_BYTES, SECRET_BYTES, TokenStore
+from coordinator.identity.tokens import ID_BYTES, SECRET_BYTES, Grant, TokenStore
 
 RESERVED = ("coordinator", "registrar", "validator", "bmoe")
 NO_LEDGER = bytes(16)
@@ -105,6 +106,14 @@ def _proof(body: dict[str, Any], token: bytes, digest: bytes) -> Enrolment:
     return header
 
 
+def read_shown_token(body: dict[str, Any]) -> tuple[bytes, bytes, str | None]:
+    """Token, secret and device name of a question about a token; raises MessageError."""
+    name = body.get("name")
+    if name is not None and not is_name(name):
+        raise MessageError("name must be null or 1..64 characters a-z 0-9 -")
+    return _hex(body, "token", ID_BYTES), _hex(body, "secret", SECRET_BYTES), name
+
+
 def check_name(name: str, public_key: bytes, directory: Directory) -> Known | None:
     """The present membership under `name`, if any; raises RefusedError where the name or key is not theirs to take."""
     if name.startswith(RESERVED):
@@ -153,6 +162,14 @@ class Enroller:
                 known = await self._enter(member, grant.batch, now_ms)
         certificate = self._issue(applicant.csr, name, "")
         return Enrolled(name, certificate, known.owner, known.statement)
+
+    def examine(self, token: bytes, secret: bytes, name: str | None) -> Grant:
+        """What a token is good for now, which costs it nothing; raises RefusedError as `enrol` would for a new device."""
+        grant = self._tokens.check(token, secret, name, b"", b"", int(self._clock() * 1000))
+        wanted = grant.name or name
+        if wanted is not None:
+            check_name(wanted, b"", self._directory)  # a new device has a key that nobody has seen
+        return grant
 
     async def _enter(self, member: Known, batch: str, now_ms: int) -> Known:
         statement = certify(self._registrar, self._ledger, member, batch, now_ms)

@@ -1,6 +1,7 @@
 """The fleet's HTTPS server: joining, renewing, and what enrolled devices and validators fetch. Nothing is decided here.
 
-Who may call what: /v1/ca and /v1/enrol anyone; the rest whoever holds a certificate that `identify` accepts now.
+Who may call what: /v1/ca, /v1/enrol and /v1/token-check anyone; the rest whoever holds a certificate that `identify`
+accepts now.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from coordinator.identity.admission import facts_of, identify
 from coordinator.identity.authority import Authority
 from coordinator.identity.blobs import is_hex_digest, serve_blob
 from coordinator.identity.directory import Directory, Known
-from coordinator.identity.enrol import Enroller, read_request
+from coordinator.identity.enrol import Enroller, read_request, read_shown_token
 from coordinator.identity.failures import Failures
 
 BODY_MAX = 64 * 1024
@@ -80,6 +81,7 @@ def make_app(fleet: Fleet) -> FastAPI:
     for path, method, handler in (
         ("/v1/ca", "GET", partial(_ca, fleet)),
         ("/v1/enrol", "POST", partial(_enrol, fleet, failures)),
+        ("/v1/token-check", "POST", partial(_token_check, fleet, failures)),
         ("/v1/renew", "POST", partial(_renew, fleet)),
         ("/v1/members", "GET", partial(_members, fleet)),
         ("/v1/releases/{digest}", "GET", partial(_release, fleet)),
@@ -209,6 +211,19 @@ async def _enrol(fleet: Fleet, failures: Failures, request: Request) -> Response
             "broker": {"host": host, "port": port},
         }
     )
+
+
+async def _token_check(fleet: Fleet, failures: Failures, request: Request) -> Response:
+    """Whether a token is still good, for whoever shows its secret; counted like failed enrolments."""
+    address = request.client.host if request.client else ""
+    if failures.too_many(address):
+        return _error("too many failed enrolments from this address: wait a minute", 429)
+    try:
+        grant = fleet.enroller.examine(*read_shown_token(await read_json(request)))
+    except (InputError, RefusedError):
+        failures.add(address)
+        raise
+    return JSONResponse({"name": grant.name, "owner": grant.owner, "expires_ms": grant.expires_ms})
 
 
 def _statements(fleet: Fleet, name: str | None) -> list[str]:

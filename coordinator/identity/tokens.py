@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import hmac
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe.protocol.encoding import encode
 from bmoe.protocol.errors import MessageError, RefusedError
+from bmoe.protocol.join_token import JoinToken
 from bmoe.protocol.schema import is_name
 from bmoe.protocol.text import is_plain
 from coordinator.identity.database import open_kept
 
-PREFIX = "bmoe1."
 ID_BYTES, SECRET_BYTES = 8, 16
 TTL_MAX_S = 30 * 24 * 3600
 _SCHEMA = """
@@ -28,11 +26,12 @@ CREATE TABLE IF NOT EXISTS token (
 
 @dataclass(frozen=True)
 class Grant:
-    """What a token lets its holder become: `name` is None where any free name is allowed."""
+    """What a token lets its holder become: `name` is None where any free name is allowed. `expires_ms` is its end."""
 
     name: str | None
     owner: str
     batch: str
+    expires_ms: int
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class TokenRow:
 
 def spell_token(url: str, token: bytes, secret: bytes, pin: bytes) -> str:
     """The one line that a board is given: where to go, what to show, and whom to believe."""
-    return PREFIX + base64.urlsafe_b64encode(encode([url, token, secret, pin])).rstrip(b"=").decode()
+    return JoinToken(url, token, secret, pin).text()
 
 
 class TokenStore:
@@ -100,7 +99,7 @@ class TokenStore:
                 raise RefusedError(f"token {token.hex()} was used already, by another request")
         elif now_ms > expires_ms:
             raise RefusedError(f"token {token.hex()} expired {(now_ms - expires_ms) // 1000} s ago")
-        return Grant(bound, owner, batch)
+        return Grant(bound, owner, batch, expires_ms)
 
     def redeem(
         self, token: bytes, secret: bytes, name: str | None, csr_digest: bytes, public_key: bytes, now_ms: int

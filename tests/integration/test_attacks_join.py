@@ -26,7 +26,7 @@ from bmoe.protocol.messages import Enrolment
 from bmoe.protocol.tls import mutual_tls
 from coordinator.cli.admin import Admin
 from edge_agent.fleet import FleetClient
-from edge_agent.join_token import parse_token
+from bmoe.protocol.join_token import parse_token
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

@@ -23,7 +23,7 @@ from bmoe.protocol.topics import topic
 from bmoe.storage.evidence import EvidenceStore
 from bmoe.storage.manifest import Expert, Model, TensorSpec, render_manifest
 from edge_agent.join import join
-from edge_agent.join_token import parse_token
+from bmoe.protocol.join_token import parse_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 import onnx_models

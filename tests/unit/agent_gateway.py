@@ -19,7 +19,7 @@ from coordinator.identity.enrol import Enroller, certify
 from coordinator.identity.https import fleet_serving, server_tls
 from coordinator.identity.server import Fleet, make_app
 from coordinator.identity.tokens import TokenStore
-from edge_agent.join_token import JoinToken
+from bmoe.protocol.join_token import JoinToken
 
 NOW_S = 1_800_000_000
 

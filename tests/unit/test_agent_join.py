@@ -22,7 +22,7 @@ from edge_agent.certificates import ensure, is_due, renew, wait_for
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity, identity_file, load_identity
 from edge_agent.join import join
-from edge_agent.join_token import PREFIX, JoinToken, parse_token
+from bmoe.protocol.join_token import PREFIX, JoinToken, parse_token
 from edge_agent.trust import Trust
 
 TOKEN = JoinToken("https://192.168.1.10:8443", b"t" * 8, b"s" * 16, b"p" * 32)

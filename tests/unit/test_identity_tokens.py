@@ -35,7 +35,7 @@ def test_token_is_spelled_as_the_contract_says() -> None:
 
 def test_token_grants_what_its_operator_wrote_and_only_once(store: TokenStore) -> None:
     token, secret = store.create(None, "acme", "batch 7", 60, NOW)
-    assert store.redeem(token, secret, "pi-1", CSR, KEY, NOW) == Grant(None, "acme", "batch 7")
+    assert store.redeem(token, secret, "pi-1", CSR, KEY, NOW) == Grant(None, "acme", "batch 7", NOW + 60_000)
     with pytest.raises(RefusedError, match="used already"):
         store.redeem(token, secret, "pi-2", b"x" * 32, KEY, NOW)
     with pytest.raises(RefusedError, match="used already"):
