@@ -32,7 +32,7 @@ help:
 	@echo "make robustness    how many liars each policy bears, on Fashion-MNIST (make data fetches it)"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
-	@echo "make test-tools    fetch promtool and libfaketime for the tests of alerts and clocks (Debian, no root)"
+	@echo "make test-tools    fetch promtool, libfaketime, dosfstools, mtools and fdisk for the tests (Debian, no root)"
 	@echo "make test-mosquitto  the tests of whole fleets once more, with Mosquitto as broker"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
@@ -71,7 +71,7 @@ mosquitto: $(MOSQUITTO)/.ready
 $(TEST_TOOLS)/.ready: Makefile
 	rm -rf $(TEST_TOOLS)
 	mkdir -p $(TEST_TOOLS)
-	cd $(TEST_TOOLS) && timeout 120 apt-get download prometheus libfaketime
+	cd $(TEST_TOOLS) && timeout 120 apt-get download prometheus libfaketime dosfstools mtools fdisk
 	cd $(TEST_TOOLS) && for package in *.deb; do dpkg-deb -x "$$package" . && rm "$$package"; done
 	@touch $@
 

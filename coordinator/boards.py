@@ -16,10 +16,10 @@ from bmoe.protocol.errors import ConfigError, UnknownError
 from bmoe.storage.packaged import packaged
 
 MAX_BYTES = 64 * 1024
-Hex = Annotated[str, StringConstraints(pattern=r"^0x[0-9a-f]{1,4}$")]
+Hex = Annotated[str, StringConstraints(pattern=r"^(0x[0-9a-f]{1,4})?$")]
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,+-]{0,63}$")]
-Line = Annotated[str, StringConstraints(pattern=r"^[ -~]{1,128}$")]
-Absolute = Annotated[str, StringConstraints(pattern=r"^/[A-Za-z0-9_./-]{1,127}$")]
+Line = Annotated[str, StringConstraints(pattern=r"^[ -~]{0,128}$")]
+Absolute = Annotated[str, StringConstraints(pattern=r"^(/[A-Za-z0-9_./-]{1,127})?$")]
 
 
 class _Part(BaseModel):
@@ -32,9 +32,9 @@ class Cpuinfo(_Part):
     """What /proc/cpuinfo says of each core; the four identifiers are empty on x86, which has others."""
 
     cores: int = Field(ge=1, le=256)
-    implementer: Hex | Literal[""] = ""
-    variant: Hex | Literal[""] = ""
-    part: Hex | Literal[""] = ""
+    implementer: Hex = ""
+    variant: Hex = ""
+    part: Hex = ""
     revision: int = Field(0, ge=0, le=255)
     features: tuple[Word, ...] = ()
     board_revision: str = Field("", pattern=r"^([0-9a-f]{6})?$", description="The `Revision` line of a Raspberry Pi.")
@@ -43,7 +43,7 @@ class Cpuinfo(_Part):
 class DeviceTree(_Part):
     """/proc/device-tree/model and /compatible, both without their NULs; empty where the board has no device tree."""
 
-    model: Line | Literal[""] = ""
+    model: Line = ""
     compatible: tuple[Word, ...] = ()
 
 
@@ -52,7 +52,7 @@ class Image(_Part):
 
     families: tuple[Literal["raspberry-pi-os", "ubuntu", "debian", "l4t"], ...] = Field(min_length=1)
     boot_labels: tuple[Word, ...] = Field((), description="Labels of the FAT partition that takes the files.")
-    boot_mount: Absolute = Field("/boot/firmware", description="Where the running system mounts it.")
+    boot_mount: Absolute = Field("/boot/firmware", min_length=2, description="Where the running system mounts it.")
     first_boot: tuple[Literal["firstrun", "cloud-init", "overlay"], ...] = Field(min_length=1)
 
 
@@ -67,7 +67,7 @@ class Onnxruntime(_Part):
 
     package: Word
     constraint: str = Field("", pattern=r"^[<>=!~0-9., ]{0,60}$", description="A version constraint, as pip takes it.")
-    index: Line | Literal[""] = Field("", description="A package index of its own, where PyPI has no such wheel.")
+    index: Line = Field("", description="A package index of its own, where PyPI has no such wheel.")
     providers: tuple[Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Za-z]+ExecutionProvider$")], ...]
 
 
@@ -85,8 +85,8 @@ class Agent(_Part):
 class Thermal(_Part):
     """The zone that the agent reports, as the kernel names and numbers it; empty where there is none."""
 
-    zone: Word | Literal[""] = ""
-    path: Absolute | Literal[""] = ""
+    zone: Line = ""
+    path: Absolute = ""
     throttle_c: int = Field(
         default=0, ge=0, le=120, description="Where the firmware begins to slow down, degrees C; 0: unknown."
     )
@@ -95,8 +95,8 @@ class Thermal(_Part):
 class Watchdog(_Part):
     """The hardware watchdog; `timeout_s` is what systemd asks of it and at most `max_s`."""
 
-    device: Absolute | Literal[""] = ""
-    driver: Word | Literal[""] = ""
+    device: Absolute = ""
+    driver: Line = ""
     max_s: int = Field(default=0, ge=0, le=65535)
     timeout_s: int = Field(default=0, ge=0, le=65535)
 
@@ -105,7 +105,7 @@ class Board(_Part):
     """One board profile."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")
-    title: Line
+    title: Line = Field(min_length=1)
     arch: Literal["aarch64", "x86_64"]
     cpu: str = Field(pattern=r"^[a-z0-9-]{0,32}$", description="The -cpu of QEMU that is nearest; empty: none.")
     memory_mb: int = Field(ge=256, description="Memory of the smallest model of this board.")

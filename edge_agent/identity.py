@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bmoe.protocol.errors import ConfigError, InputError, MessageError
+from bmoe.protocol.join_token import check_url
 from bmoe.protocol.keys import Signer, check_public_key
 from bmoe.protocol.messages import Member, open_message
 from bmoe.protocol.schema import is_name
-from bmoe.protocol.join_token import check_url
 
 MEMBERS_MAX = 256
 

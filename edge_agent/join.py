@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from bmoe.protocol.errors import BmoeError, ConfigError, MessageError
 from bmoe.protocol.files import write_durably
+from bmoe.protocol.join_token import JoinToken, check_url, parse_token
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import Enrolment, Member, seal_message
 from bmoe.protocol.schema import is_name
@@ -37,7 +38,6 @@ from bmoe.protocol.tls import mutual_tls
 from edge_agent.fleet import FleetClient, pinned
 from edge_agent.health import board
 from edge_agent.identity import Identity, from_facts, identity_file, load_identity
-from bmoe.protocol.join_token import JoinToken, check_url, parse_token
 
 
 def join(state: Path, token_text: str, *, name: str | None, gateway: str | None, force: bool) -> Identity:

@@ -21,12 +21,12 @@ def list_boards() -> None:
     """The boards that `bmoe flash --board` and `bmoe emulate --board` know."""
     from coordinator.boards import boards, load_board
 
-    table = Table("board", "what it is", "architecture", "images", "first boot", "providers")
+    table = Table("board", "what it is", "architecture", "first boot", "providers")
+    table.columns[0].no_wrap = True
     for name in boards():
         board = load_board(name)
-        families, methods = ", ".join(board.image.families), ", ".join(board.image.first_boot)
         providers = ", ".join(p.removesuffix("ExecutionProvider") for p in board.onnxruntime.providers)
-        table.add_row(name, board.title, board.arch, families, methods, providers)
+        table.add_row(name, board.title, board.arch, ", ".join(board.image.first_boot), providers)
     out.print(table)
 
 

@@ -6,6 +6,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from bmoe.protocol.errors import ImageError, LimitError
 
 TABLE_BYTES = 64 << 20
@@ -91,7 +93,8 @@ class Table:
         self._last = {12: 0xFFF, 16: 0xFFFF, 32: 0x0FFFFFFF}[geometry.bits]
         self._touched: set[int] = set()
         self.hint = 2
-        self.free = sum(self._get(cluster) == 0 for cluster in range(2, geometry.clusters + 2))
+        self._search = 2  # no cluster below is free
+        self.free = self._count_free()
 
     @property
     def is_changed(self) -> bool:
@@ -115,11 +118,10 @@ class Table:
             width = self._geometry.cluster_bytes
             raise LimitError(f"the boot partition has {self.free * width} bytes free, {count * width} are wanted")
         found: list[int] = []
-        cluster = 2
         while len(found) < count:
-            if self._get(cluster) == 0:
-                found.append(cluster)
-            cluster += 1
+            if self._get(self._search) == 0:
+                found.append(self._search)
+            self._search += 1
         for cluster, following in zip(found, [*found[1:], self._last], strict=False):
             self._set(cluster, following)
         self.free -= count
@@ -130,6 +132,7 @@ class Table:
         """Make a chain's clusters free."""
         for cluster in self.chain(first) if first else []:
             self._set(cluster, 0)
+            self._search = min(self._search, cluster)
             self.free += 1
 
     def extend(self, first: int) -> int:
@@ -148,6 +151,13 @@ class Table:
                 continue
             for copy in range(self._geometry.tables):
                 yield self._geometry.reserved + copy * self._geometry.table_sectors + number, content
+
+    def _count_free(self) -> int:
+        end = self._geometry.clusters + 2
+        if self._geometry.bits == 12:
+            return sum(self._get(cluster) == 0 for cluster in range(2, end))
+        entries = np.frombuffer(self._raw, "<u4" if self._geometry.bits == 32 else "<u2", end)[2:]
+        return int(np.count_nonzero((entries & self._last) == 0))
 
     def _get(self, cluster: int) -> int:
         if self._geometry.bits == 32:

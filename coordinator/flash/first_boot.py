@@ -46,8 +46,6 @@ def agent_folder(seed: Seed, mount: str, label: str) -> Files:
     }
     if seed.name:
         files["bmoe/name"] = f"{seed.name}\n"
-    if seed.ssh_key:
-        files["bmoe/authorized_keys"] = f"{seed.ssh_key}\n"
     return {path: text.encode() for path, text in files.items()}
 
 
@@ -88,6 +86,8 @@ def _firstrun(seed: Seed, label: str, existing: Existing) -> Files:
     files = _command_lines(existing, words) | {"firstrun.sh": script.encode()}
     if not any(path in files for path in CMDLINES):
         raise ImageError("the boot partition has no cmdline.txt to start firstrun.sh from")
+    if seed.ssh_key:
+        files["bmoe/authorized_keys"] = f"{seed.ssh_key}\n".encode()
     if seed.wifi:
         files["bmoe/wifi.nmconnection"] = key_file(seed.wifi).encode()
     return files

@@ -19,6 +19,7 @@ from coordinator.flash.seed import (
     check_hostname,
     check_name,
     check_timezone,
+    is_loopback,
     make_token,
     make_wifi,
     read_ssh_key,
@@ -69,6 +70,11 @@ def flash(wishes: Wishes, desk: Desk) -> None:
     if (wishes.device is None) == (wishes.output is None):
         raise ConfigError("give the target: --device /dev/sdX, or --output FILE")
     seed = make_seed(wishes, int(desk.clock()))
+    if is_loopback(seed.token):
+        line = f"the token's gateway is {seed.token.url}, which is every board's own address: give --gateway https://HOST:PORT"
+        if wishes.device is not None:
+            raise ConfigError(line)
+        desk.say(line)
     seed = _asked(seed, wishes, desk)
     desk.facts.update(board=wishes.board.name, name=seed.name, gateway=seed.token.url, dry_run=wishes.dry_run)
     if "l4t" in wishes.board.image.families:
@@ -161,9 +167,8 @@ def _overlay(wishes: Wishes, seed: Seed, desk: Desk) -> None:
         return
     for made in write_overlay(wishes.output, seed):
         desk.say(f"wrote {made}")
-    desk.say(
-        f"next: sudo sh {wishes.output}/apply.sh LINUX_FOR_TEGRA, then NVIDIA's flash.sh; or, on the board itself, install-here.sh"
-    )
+    desk.say(f"next: sudo sh {wishes.output}/apply.sh LINUX_FOR_TEGRA, then NVIDIA's flash.sh")
+    desk.say(f"or, on a Jetson that runs already: sudo sh {wishes.output}/install-here.sh")
 
 
 def _show(plan: Plan, seed: Seed, desk: Desk, verbose: bool) -> None:

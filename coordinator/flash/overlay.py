@@ -23,6 +23,8 @@ def overlay_files(seed: Seed) -> dict[str, bytes]:
     """Path below the root file system -> content, wheels not among them."""
     files = {f"{PLACE}/{path}": content for path, content in agent_folder(seed, f"/{PLACE}", "").items()}
     files[SERVICE] = files.pop(f"{PLACE}/bmoe/bmoe-first-boot.service")
+    if seed.ssh_key:
+        files[f"{PLACE}/bmoe/authorized_keys"] = f"{seed.ssh_key}\n".encode()
     if seed.hostname:
         files["etc/hostname"] = f"{seed.hostname}\n".encode()
     if seed.timezone:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bmoe.protocol.errors import ConfigError
 from bmoe.protocol.join_token import JoinToken, check_url, parse_token
@@ -55,18 +56,20 @@ class Seed:
 
 
 def make_token(text: str, gateway: str | None) -> JoinToken:
-    """The token, dialling `gateway` where that is given. Raises MessageError for a damaged one, ConfigError for a gateway
-    that no board can reach."""
+    """The token, dialling `gateway` where that is given. Raises MessageError for a damaged one."""
     token = parse_token(text)
-    if gateway is not None:
-        token = JoinToken(check_url(gateway), token.token, token.secret, token.pin)
-    host = token.url.removeprefix("https://").rsplit(":", 1)[0].strip("[]")
-    if host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback):
-        raise ConfigError(
-            f"the token's gateway is {token.url}, which is every board's own address: "
-            "bring the gateway up with --host, or give --gateway https://HOST:PORT"
-        )
-    return token
+    if gateway is None:
+        return token
+    return JoinToken(check_url(gateway), token.token, token.secret, token.pin)
+
+
+def is_loopback(token: JoinToken) -> bool:
+    """Whether the token's gateway is an address that every board has itself."""
+    host = urlsplit(token.url).hostname or ""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def make_wifi(ssid: str | None, password: str | None, country: str | None) -> Wifi | None:
@@ -155,11 +158,3 @@ def _check_platforms(wheels: Sequence[Path], board: Board) -> None:
                 f"{wheel.name} is not for {board.title}, which runs {board.arch}: "
                 f"pip download --platform manylinux_2_28_{board.arch} --only-binary :all:"
             )
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

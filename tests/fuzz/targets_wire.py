@@ -15,10 +15,10 @@ from bmoe.inference import framing, runner
 from bmoe.protocol.encoding import bstr, decode, encode, read_bstrs
 from bmoe.protocol.envelope import parse_envelope
 from bmoe.protocol.errors import EncodingError, EnvelopeError, InferenceError, InputError, MessageError
+from bmoe.protocol.join_token import PREFIX, JoinToken, parse_token
 from bmoe.protocol.messages import MAX_TENSORS, MESSAGES, Task, open_message, tensors_from
 from bmoe.protocol.tensors import row_bytes
 from bmoe.protocol.topics import is_request, parse_request, parse_topic, request_topic, topic
-from bmoe.protocol.join_token import PREFIX, JoinToken, parse_token
 
 TOKEN = JoinToken("https://192.168.1.10:8443", b"t" * 8, b"s" * 16, b"p" * 32)
 

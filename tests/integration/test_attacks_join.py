@@ -21,12 +21,12 @@ from live_fleet import PATIENCE_S, LiveFleet
 from benchmarks.processes import finish, program, spawn
 from bmoe.protocol.envelope import Envelope
 from bmoe.protocol.errors import RefusedError
+from bmoe.protocol.join_token import parse_token
 from bmoe.protocol.keys import key_id, verify_ed25519
 from bmoe.protocol.messages import Enrolment
 from bmoe.protocol.tls import mutual_tls
 from coordinator.cli.admin import Admin
 from edge_agent.fleet import FleetClient
-from bmoe.protocol.join_token import parse_token
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

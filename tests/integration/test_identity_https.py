@@ -18,12 +18,12 @@ from embedded_servers import PATIENCE
 from identity_fleet import VALIDATOR, Peer, Site, running_site, tls_of
 
 from bmoe.protocol.errors import InputError, RefusedError, UnavailableError
+from bmoe.protocol.join_token import parse_token
 from bmoe.protocol.messages import Release, open_message
 from bmoe.protocol.topics import topic
 from bmoe.storage.evidence import EvidenceStore
 from bmoe.storage.manifest import Expert, Model, TensorSpec, render_manifest
 from edge_agent.join import join
-from bmoe.protocol.join_token import parse_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 import onnx_models

@@ -11,6 +11,7 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 from identity_helpers import WillingLedger
 
+from bmoe.protocol.join_token import JoinToken
 from bmoe.protocol.keys import Signer
 from coordinator.embedded.nats_server import TlsFiles
 from coordinator.identity.authority import Authority, load_or_create_key, spki_digest
@@ -19,7 +20,6 @@ from coordinator.identity.enrol import Enroller, certify
 from coordinator.identity.https import fleet_serving, server_tls
 from coordinator.identity.server import Fleet, make_app
 from coordinator.identity.tokens import TokenStore
-from bmoe.protocol.join_token import JoinToken
 
 NOW_S = 1_800_000_000
 

@@ -16,13 +16,13 @@ from agent_gateway import FleetServer, device_spki
 
 from bmoe.protocol.encoding import encode
 from bmoe.protocol.errors import ConfigError, MessageError, RefusedError, UnavailableError
+from bmoe.protocol.join_token import PREFIX, JoinToken, parse_token
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.tls import mutual_tls
 from edge_agent.certificates import ensure, is_due, renew, wait_for
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity, identity_file, load_identity
 from edge_agent.join import join
-from bmoe.protocol.join_token import PREFIX, JoinToken, parse_token
 from edge_agent.trust import Trust
 
 TOKEN = JoinToken("https://192.168.1.10:8443", b"t" * 8, b"s" * 16, b"p" * 32)

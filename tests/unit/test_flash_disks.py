@@ -1,0 +1,193 @@
+"""Which disk is written to, and which never: on trees of files that look like /sys and /proc. No disk is touched here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_disks import USB, Machine, card
+from flash_helpers import NOW_S, TOKEN, away
+from image_maker import make_image
+
+from bmoe.protocol.errors import BmoeError, ConfigError, RefusedError
+from coordinator.boards import load_board
+from coordinator.flash import flash as flashing
+from coordinator.flash.disks import check_disk, confirm, find_disk
+from coordinator.flash.flash import Desk, Wishes, flash
+from coordinator.flash.write import opened
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path / "machine")
+
+
+def test_a_card_in_a_usb_reader_is_taken_and_described(machine: Machine) -> None:
+    card(machine)
+    disk = find_disk(Path("/dev/sda"), machine.root)
+    check_disk(disk, 4 * GIB)
+    assert (disk.serial, disk.bytes, disk.removable, disk.whole) == ("000000001206", 32 * GIB, True, True)
+    assert disk.describe() == "/dev/sda: Generic SD Reader, 34.4 GB, serial 000000001206"
+
+
+def test_a_card_in_a_slot_of_the_machine_is_taken_by_its_own_serial_number(machine: Machine) -> None:
+    machine.disk("mmcblk0", "platform/mmc0/mmc0:aaaa", 16 * GIB, device__type="SD", device__serial="0x5d3a7e21",
+                 device__name="SC16G")  # fmt: skip
+    disk = find_disk(Path("/dev/mmcblk0"), machine.root)
+    check_disk(disk, GIB)
+    assert disk.identity == "0x5d3a7e21" and disk.model == "SC16G"
+
+
+def mounted(where: str) -> Callable[[Machine], None]:
+    def prepare(machine: Machine) -> None:
+        machine.mount(card(machine) / "sda1", where)
+
+    return prepare
+
+
+def held(machine: Machine) -> None:
+    (card(machine) / "sda1" / "holders" / "dm-0").mkdir()
+
+
+def swapped(machine: Machine) -> None:
+    card(machine)
+    machine.swaps("sda1")
+
+
+def fixed(machine: Machine) -> None:
+    machine.disk("sda", "pci0000:00/ata1/host0/target0:0:0/0:0:0:0", 500 * GIB)
+
+
+def nvme(machine: Machine) -> None:
+    machine.disk("sda", "pci0000:00/nvme/nvme0", 500 * GIB)
+
+
+def emmc(machine: Machine) -> None:
+    machine.disk("sda", "platform/mmc1/mmc1:0001", 32 * GIB, device__type="MMC", removable="1")
+
+
+def loop(machine: Machine) -> None:
+    machine.disk("sda", "virtual", 8 * GIB, removable="1")
+
+
+REFUSALS: list[tuple[str, Callable[[Machine], Any], str]] = [
+    ("the disk of /", mounted("/"), "is a disk of this system: / is on it"),
+    ("the disk of /home", mounted("/home"), "is a disk of this system: /home is on it"),
+    ("a mounted card", mounted("/media/my card"), "is mounted on /media/my card: unmount it first"),
+    ("a disk with swap", swapped, "is a disk of this system: it swaps on sda1"),
+    ("a disk of LVM, RAID or encryption", held, "is held by dm-0"),
+    ("a disk in the machine", fixed, "is not removable"),
+    ("an NVMe disk", nvme, "is not removable"),
+    ("soldered eMMC that calls itself removable", emmc, "is not removable"),
+    ("a loop device", loop, "is not removable"),
+    ("a card whose lock is on", lambda m: card(m, ro="1"), "is read-only"),
+    ("a reader without a card", lambda m: card(m, size=0), "has no medium in it"),
+    ("a card that is too small", lambda m: card(m, size=4 << 20), r"has 4194304 bytes, the image needs 10485760"),
+]
+
+
+@pytest.mark.parametrize(("prepare", "said"), [case[1:] for case in REFUSALS], ids=[case[0] for case in REFUSALS])
+def test_such_a_disk_is_never_opened(
+    prepare: Callable[[Machine], Any],
+    said: str,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepare(machine)
+    image = make_image(tmp_path / "system.img").path
+    monkeypatch.setattr(flashing, "ask", away)
+    monkeypatch.setattr(flashing, "opened", lambda *_: pytest.fail("the disk was opened"))
+    desk = Desk(lambda line: None, lambda phase: lambda done, total: None, None, machine.root, lambda: NOW_S)
+    wishes = Wishes(load_board("rpi5"), image, Path("/dev/sda"), None, TOKEN.text(), confirm_serial="000000001206")
+    with pytest.raises(RefusedError, match=said) as told:
+        flash(wishes, desk)
+    assert "\n" not in str(told.value) and str(told.value).startswith("/dev/sda ")
+
+
+def test_a_partition_is_not_a_disk(machine: Machine) -> None:
+    card(machine)
+    with pytest.raises(RefusedError, match="is a partition: give the whole disk"):
+        check_disk(find_disk(Path("/dev/sda1"), machine.root), GIB)
+
+
+@pytest.mark.parametrize("path", ["/dev/sdz", "/dev/null", "/etc/passwd", "/dev/../dev/.."])
+def test_what_is_no_disk_is_told_with_those_there_are(path: str, machine: Machine) -> None:
+    card(machine)
+    with pytest.raises(ConfigError, match=r"is no disk of this machine; there are: sda"):
+        find_disk(Path(path), machine.root)
+
+
+def test_a_link_to_a_system_disk_is_that_disk(machine: Machine) -> None:
+    machine.mount(card(machine) / "sda1", "/")
+    (machine.root / "dev/innocent").symlink_to(machine.root / "dev/sda")
+    with pytest.raises(RefusedError, match="is a disk of this system"):
+        check_disk(find_disk(Path("/dev/innocent"), machine.root), GIB)
+
+
+def test_another_disks_serial_number_confirms_nothing(machine: Machine) -> None:
+    card(machine)
+    disk = find_disk(Path("/dev/sda"), machine.root)
+    confirm(disk, "000000001206\n")
+    for wrong in ("", "yes", "00000000120", "sda"):
+        with pytest.raises(RefusedError, match="nothing was written"):
+            confirm(disk, wrong)
+
+
+def test_a_disk_without_a_serial_number_is_confirmed_by_name_and_size(machine: Machine) -> None:
+    machine.disk("sdb", USB.replace("1-2", "1-3"), 8 * GIB, removable="1")
+    assert find_disk(Path("/dev/sdb"), machine.root).identity == f"sdb-{8 * GIB}"
+
+
+def test_nobody_to_ask_and_no_confirmation_is_one_line_that_says_what_to_give(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card(machine)
+    monkeypatch.setattr(flashing, "ask", away)
+    desk = Desk(lambda line: None, lambda phase: lambda done, total: None, None, machine.root)
+    wishes = Wishes(load_board("rpi5"), make_image(tmp_path / "i.img").path, Path("/dev/sda"), None, TOKEN.text())
+    with pytest.raises(ConfigError, match="confirm with --confirm-serial 000000001206"):
+        flash(wishes, desk)
+
+
+def test_a_file_in_the_disks_place_is_not_opened_for_it(machine: Machine, tmp_path: Path) -> None:
+    """What is opened must be the very block device that was looked at."""
+    card(machine)
+    disk = find_disk(Path("/dev/sda"), machine.root)
+    file = tmp_path / "file"
+    file.write_bytes(b"precious")
+    with pytest.raises(RefusedError, match="is not the disk that was looked at"), opened(file, disk):
+        pytest.fail("opened")
+    assert file.read_bytes() == b"precious"
+
+
+def test_a_card_that_is_mounted_while_the_image_is_read_is_not_written_to(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Desktops mount what is put in, and reading takes minutes."""
+    device = card(machine)
+    monkeypatch.setattr(flashing, "ask", away)
+    monkeypatch.setattr(flashing, "opened", lambda *_: pytest.fail("the disk was opened"))
+
+    def asked(question: str) -> str:
+        machine.mount(device / "sda1", "/media/card")
+        return "000000001206"
+
+    desk = Desk(lambda line: None, lambda phase: lambda done, total: None, asked, machine.root)
+    wishes = Wishes(load_board("rpi5"), make_image(tmp_path / "i.img").path, Path("/dev/sda"), None, TOKEN.text())
+    with pytest.raises(RefusedError, match="is mounted on /media/card"):
+        flash(wishes, desk)
+
+
+def test_the_disks_of_this_very_machine_are_all_refused_or_named() -> None:
+    """The real /sys is read, no device is opened: nothing on the machine that tests run on may ever pass."""
+    for path in sorted(Path("/sys/class/block").glob("*"))[:40] if os.path.isdir("/sys/class/block") else []:
+        disk = find_disk(Path("/dev") / path.name)
+        if not disk.removable or disk.mounts:
+            with pytest.raises(BmoeError):
+                check_disk(disk, 1)
