@@ -96,7 +96,7 @@ def _check_own_checksum(data: bytes) -> None:
 def _text(root: ElementTree.Element, name: str) -> str:
     found = root.findtext(name)
     if found is None:
-        raise ValueError(f"no {name}")
+        raise ImageError(f"the block map cannot be read: it has no {name}")
     return found.strip()[:30]
 
 

@@ -67,6 +67,9 @@ def write_image(
 
     Raises ImageError when the image changed since it was looked at, or when the target does not give back what it took.
     """
+    if not sparse:  # what booted from this card before must not boot from the half of something else
+        _write_at(handle, bytes(min(HELD_BYTES, survey.image_bytes)), 0)
+        _sync(handle)
     held, digest, written = _stream(handle, source, survey, sparse, progress["write"])
     if digest.hexdigest() != survey.raw_sha256:
         raise ImageError(f"{source.path} changed while it was written: nothing on the target can be used")

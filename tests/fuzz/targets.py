@@ -12,9 +12,10 @@ for folder in (HERE, HERE.parent, HERE.parent / "unit", HERE.parent / "golden", 
 
 import targets_board  # noqa: E402
 import targets_gateway  # noqa: E402
+import targets_images  # noqa: E402
 import targets_ledger  # noqa: E402
 import targets_wire  # noqa: E402
 from target import Target  # noqa: E402
 
-GROUPS = (targets_wire, targets_ledger, targets_gateway, targets_board)
+GROUPS = (targets_wire, targets_ledger, targets_gateway, targets_board, targets_images)
 TARGETS: dict[str, Target] = {t.name: t for group in GROUPS for t in group.TARGETS}

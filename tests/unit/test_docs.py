@@ -30,6 +30,7 @@ SOURCES = {
 }
 CODE = re.compile(r"`([^`\n]+)`")
 OF_A_STATE_DIRECTORY = {f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json")}
+OPTIONS = {"BMOE_API_TOKEN", "BMOE_JOIN_TOKEN", "BMOE_WIFI_PASSWORD"}  # variables of options, not of settings
 GROUPS = ("token", "device", "api-token", "tenant", "boards")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
@@ -142,7 +143,7 @@ def commands() -> list[tuple[str, str]]:
         for line in shell_lines(text):
             inner = re.findall(r"\$\(([^()]*)\)", line)
             for part in [*inner, re.sub(r"\$\([^()]*\)", "bmoe1.XXXX", line)]:
-                shown = re.search(r"(?:^|\s)(bmoe(?:-agent)? [a-z].*)", part.split("#")[0].rstrip(" &"))
+                shown = re.search(r"(?:^|\s)(bmoe(?:-agent)? [a-z].*)", part.split("#")[0].split(" > ")[0].rstrip(" &"))
                 if shown is not None:
                     found.append((name, shown[1]))
     return sorted(set(found))
@@ -210,7 +211,7 @@ def test_make_targets_shown_exist() -> None:
 
 
 def test_variables_shown_are_settings() -> None:
-    known = {f"BMOE_{name.upper()}" for name in GatewaySettings.model_fields} | {"BMOE_API_TOKEN"}  # an option's
+    known = {f"BMOE_{name.upper()}" for name in GatewaySettings.model_fields} | OPTIONS
     shown = {word for text in TEXTS.values() for word in re.findall(r"\bBMOE_(?!AGENT_)[A-Z_]+\b", text)}
     assert "BMOE_PUBLIC_HOSTS" in shown and shown <= known
 

@@ -20,6 +20,8 @@ from coordinator.boards import load_board
 from coordinator.flash import write
 from coordinator.flash.fat import Fat
 from coordinator.flash.overlay import PLACE
+from coordinator.flash.plan import inspect
+from coordinator.flash.spool import Spool
 
 SSH_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHV0dGVybHkgd2l0aG91dCBtZWFuaW5n operator@desk"
 # PBKDF2 of IEEE 802.11i, annex J.4: the second of its own test vectors.
@@ -203,6 +205,27 @@ def test_the_first_block_is_written_last(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(write, "_write_at", lambda handle, data, at: (order.append(at), real(handle, data, at)))
     flashed(monkeypatch, made.path, tmp_path / "card.img")
     assert order[-1] == 0 and 0 not in order[:-1] and min(order[:-1]) >= write.HELD_BYTES
+
+
+def test_a_card_whose_writing_is_broken_off_boots_nothing_old_and_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file in a card's place, full of an older system."""
+    made, card = make_image(tmp_path / "system.img"), tmp_path / "card"
+    card.write_bytes(b"\xaa" * (11 << 20))
+    board = load_board("rpi5")
+
+    def pulled_out(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    handle = os.open(card, os.O_RDWR)
+    with Spool() as spool:
+        source, found = inspect(made.path, board, spool, None, lambda done, total: None)
+        with pytest.raises(KeyboardInterrupt):
+            write.write_image(handle, source, found, [], False, {"write": pulled_out, "verify": pulled_out})
+    os.close(handle)
+    content = card.read_bytes()
+    assert content[: 1 << 20] == bytes(1 << 20) and content[-1:] == b"\xaa"
 
 
 def test_a_target_that_lies_about_what_it_keeps_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
