@@ -56,6 +56,7 @@ def survey(source: Source, board: Board, spool: Spool, sha256: str | None, progr
                 spool.put(begin, memoryview(chunk)[begin - offset : end - offset])
         offset += len(chunk)
         progress(source.read_bytes, source.file_bytes)
+    progress(source.file_bytes, source.file_bytes)
     _whole(source, sha256, table, offset, bmap)
     boot, fat = _boot_partition(board, table, spool)
     processor = programs.processor(_kernel_head(fat))

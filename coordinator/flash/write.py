@@ -46,6 +46,8 @@ def opened(target: Path, disk: Disk | None) -> Iterator[int]:
     except FileExistsError:
         raise ConfigError(f"{target} is there already: nothing is overwritten") from None
     except OSError as error:
+        if made:
+            raise ConfigError(f"{target} cannot be made: {error.strerror}") from None
         busy = "somebody has it open: unmount it, and close what uses it" if error.errno == 16 else error.strerror
         raise RefusedError(f"{target} cannot be opened for writing alone: {busy}") from None
     try:
@@ -133,6 +135,7 @@ def _verify(handle: int, survey: Survey, held: bytes, progress: Progress) -> Non
     """Read everything back: against the image's own digest, or range by range of the block map."""
     if survey.bmap is not None:
         _verify_ranges(handle, survey, progress)
+        progress(survey.image_bytes, survey.image_bytes)
         return
     digest = hashlib.sha256(held)
     for offset in range(len(held), survey.image_bytes, CHUNK):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer.main
 from image_maker import tool
 
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.join_token import JoinToken
 from coordinator.boards import load_board
-from coordinator.cli.commands import run
+from coordinator.cli import commands
 from coordinator.flash import flash as flashing
 from coordinator.flash.flash import Desk, Wishes, flash
 
@@ -40,11 +42,18 @@ def flashed(
     return said, desk.facts
 
 
+@functools.cache
+def _command() -> Any:
+    """The command line, built once: typer builds it anew for each call."""
+    return typer.main.get_command(commands.app)
+
+
 def refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: object) -> tuple[int, str]:
     """Run `bmoe flash`; exit status, and the one line of the error."""
     monkeypatch.setattr(sys, "argv", ["bmoe", "flash", *map(str, words)])
+    monkeypatch.setattr(commands, "app", _command())
     monkeypatch.setattr(flashing, "ask", away)
-    status = run()
+    status = commands.run()
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bmoe: ")]
     assert len(lines) == 1, lines
     return status, lines[0]

@@ -5,11 +5,13 @@ Written apart from coordinator/flash/fat.py, after the specification, so that th
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,22 +66,30 @@ def _unpacked() -> list[str]:
 
 def make_image(path: Path, system: str = "first-trixie", machine: int = 0xB7, gpt: bool = False) -> Made:
     """An image of `system`; its programs are for the ELF machine `machine`, 0xB7 being AArch64."""
-    label, files, bits = SYSTEMS[system]
-    fat = make_fat(label, files, bits)
-    root = _root_file_system(path.with_suffix(".root"), machine)
-    root_at = BOOT_AT + -(-len(fat) // MIB) * MIB
+    head, fat, root = _parts(system, machine, gpt)
+    root_at = BOOT_AT + len(fat)
     with path.open("wb") as file:
-        file.write(_gpt_head(len(fat), root_at, len(root)) if gpt else _mbr_head(len(fat), root_at, len(root), bits))
+        file.write(head)
         _put_sparse(file, BOOT_AT, fat)
         _put_sparse(file, root_at, root)
         file.truncate(root_at + len(root) + (MIB if gpt else 0))
-    return Made(path, (BOOT_AT, BOOT_AT + len(fat)), (root_at, root_at + len(root)))
+    return Made(path, (BOOT_AT, root_at), (root_at, root_at + len(root)))
+
+
+@functools.cache
+def _parts(system: str, machine: int, gpt: bool) -> tuple[bytes, bytes, bytes]:
+    """Head, boot partition and root file system, made once for all tests."""
+    label, files, bits = SYSTEMS[system]
+    fat, root = make_fat(label, files, bits), _root_file_system(machine)
+    sizes = (len(fat), BOOT_AT + len(fat), len(root))
+    return (_gpt_head(*sizes) if gpt else _mbr_head(*sizes, bits)), fat, root
 
 
 def _put_sparse(file: object, at: int, data: bytes) -> None:
+    zeros = bytes(65536)
     for begin in range(0, len(data), 65536):
         block = data[begin : begin + 65536]
-        if any(block):
+        if block != zeros[: len(block)]:
             file.seek(at + begin)  # type: ignore[attr-defined]
             file.write(block)  # type: ignore[attr-defined]
 
@@ -118,21 +128,20 @@ def elf(machine: int) -> bytes:
     return b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<HHI", 3, machine, 1) + bytes(1000)
 
 
-def _root_file_system(work: Path, machine: int) -> bytes:
+@functools.cache
+def _root_file_system(machine: int) -> bytes:
     """ext4 where its tools are, else blocks with the same programs in them."""
     mkfs = tool("mkfs.ext4")
     if mkfs is None:
         return (bytes(8192) + b"".join(elf(machine).ljust(4096, b"\0") for _ in range(3))).ljust(2 * MIB, b"\0")
-    folder = work.with_suffix(".tree")
-    (folder / "usr/bin").mkdir(parents=True)
-    for name in ("true", "sh", "python3"):
-        (folder / "usr/bin" / name).write_bytes(elf(machine))
-    quiet = [mkfs, "-q", "-F", "-O", "^has_journal,^inline_data", "-d", str(folder), str(work), "2M"]
-    subprocess.run(quiet, check=True, capture_output=True, timeout=30)
-    data = work.read_bytes()
-    work.unlink()
-    shutil.rmtree(folder)
-    return data
+    with tempfile.TemporaryDirectory() as work:
+        folder, made = Path(work) / "tree/usr/bin", Path(work) / "root"
+        folder.mkdir(parents=True)
+        for name in ("true", "sh", "python3"):
+            (folder / name).write_bytes(elf(machine))
+        quiet = [mkfs, "-q", "-F", "-O", "^has_journal,^inline_data", "-d", str(Path(work) / "tree"), str(made), "2M"]
+        subprocess.run(quiet, check=True, capture_output=True, timeout=30)
+        return made.read_bytes()
 
 
 # FAT.

@@ -6,17 +6,21 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from flash_helpers import NOW_S, TOKEN, check_ext4, check_fat, check_table, flashed
+from flash_helpers import NOW_S, TOKEN, away, check_ext4, check_fat, check_table, flashed
 from image_maker import CMDLINE, Made, make_image
 
 from bmoe.protocol.errors import ImageError, LimitError
 from coordinator.boards import load_board
+from coordinator.cli.commands import run
+from coordinator.flash import flash as flashing
 from coordinator.flash import write
 from coordinator.flash.fat import Fat
 from coordinator.flash.overlay import PLACE
@@ -172,7 +176,11 @@ def test_an_archive_gives_the_card_that_its_image_gives(
     made, plain, packed = make_image(tmp_path / "system.img"), tmp_path / "1.img", tmp_path / "2.img"
     data = made.path.read_bytes()
     half = len(data) // 2 + 77  # two streams in one file, as parallel packers write
-    pack = {"xz": lzma.compress, "zst": zstd.compress, "gz": gzip.compress}[kind]
+    pack = {
+        "xz": partial(lzma.compress, preset=0),
+        "zst": zstd.compress,
+        "gz": partial(gzip.compress, compresslevel=1),
+    }[kind]
     archive = tmp_path / f"system.img.{kind}"
     archive.write_bytes(pack(data[:half]) + pack(data[half:]))
     flashed(monkeypatch, made.path, plain)
@@ -183,7 +191,7 @@ def test_an_archive_gives_the_card_that_its_image_gives(
 def test_dry_run_shows_every_change_and_no_secret_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made, card = make_image(tmp_path / "system.img", "bookworm"), tmp_path / "card.img"
+    made, card = make_image(tmp_path / "system.img"), tmp_path / "card.img"
     said, facts = flashed(monkeypatch, made.path, card, dry_run=True, **wishes(tmp_path))
     text = "\n".join(said)
     assert all(fact["path"] in text for fact in facts["files"]) and said[-1] == "nothing was written"
@@ -266,6 +274,24 @@ def test_wheels_beyond_the_boot_partitions_room_are_one_clear_line(
     (wheels / "bmoe-0.1.0-py3-none-any.whl").write_bytes(bytes(6 << 20))
     with pytest.raises(LimitError, match=r"the boot partition has \d+ bytes free, \d+ are wanted"):
         flashed(monkeypatch, made.path, tmp_path / "card.img", wheels=wheels)
+
+
+def test_the_command_says_how_far_it_is_and_prints_one_json_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, card = make_image(tmp_path / "system.img"), tmp_path / "card.img"
+    monkeypatch.setattr(flashing, "ask", away)
+    (tmp_path / "token").write_text(TOKEN.text() + "\n")
+    words = ["--board", "rpi4", "--image", made.path, "--output", card, "--token-file", tmp_path / "token", "--json"]
+    monkeypatch.setattr(sys, "argv", ["bmoe", "flash", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        run()
+    said = capsys.readouterr()
+    facts = json.loads(said.out)
+    assert end.value.code == 0 and facts["ok"] and facts["verified"] and facts["token_checked"] is False
+    assert facts["method"] == "firstrun" and facts["target"] == str(card) and card.stat().st_mode & 0o777 == 0o600
+    for phase in ("read", "write", "verify"):
+        assert f"{phase} 100 % (10485760 of 10485760 bytes)" in said.err
 
 
 def test_a_jetson_gets_an_overlay_for_nvidias_flasher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def sound(image: Bytes) -> Fat:
     return fat
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(NAMES, st.booleans(), st.integers(0, 3000)), max_size=12))
 def test_whatever_is_written_in_whatever_order_is_read_back_and_the_file_system_stays_sound(
     work: list[tuple[str, bool, int]],
@@ -176,7 +176,7 @@ def test_any_bytes_are_a_folder_or_none(content: bytes) -> None:
     assert len(parse_entries(content)) <= len(content) // 32
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=512), st.binary(max_size=600), st.booleans())
 def test_any_bytes_are_a_partition_table_or_one_error(mbr: bytes, behind: bytes, gpt: bool) -> None:
     protective = bytes(446) + b"\0\0\0\0\xee\0\0\0\1\0\0\0\xff\xff\xff\xff" + bytes(48)

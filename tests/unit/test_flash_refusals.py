@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import lzma
@@ -15,7 +16,11 @@ from image_maker import make_image
 from bmoe.protocol.join_token import JoinToken
 from coordinator.flash.source import zstd
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"xz": lzma.compress, "zst": zstd.compress, "gz": gzip.compress}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "xz": functools.partial(lzma.compress, preset=0),
+    "zst": zstd.compress,
+    "gz": functools.partial(gzip.compress, compresslevel=1),
+}
 Capture = pytest.CaptureFixture[str]
 
 
@@ -181,3 +186,5 @@ def test_a_card_that_is_there_already_is_not_overwritten(
     words = ["--board", "rpi5", "--image", image, "--output", card, "--token", TOKEN.text()]
     status, line = refused(capsys, monkeypatch, *words)
     assert status == 2 and "is there already" in line and card.read_bytes() == b"precious"
+    words[words.index(card)] = tmp_path / "nowhere" / "card.img"
+    assert "cannot be made: No such file or directory" in refused(capsys, monkeypatch, *words)[1]
