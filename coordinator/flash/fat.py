@@ -1,7 +1,7 @@
 """A FAT file system in an image, read and changed without mounting it: files of the root and of folders below it.
 
 FAT12, FAT16 and FAT32 with long names. Changes are kept in memory and come out as (offset, bytes) of whole sectors, so
-that a plan can be shown before anything is written. Source: Microsoft's FAT specification 1.03; docs/decisions/0012.
+that a plan can be shown before anything is written. Source: Microsoft's FAT specification 1.03; docs/decisions/0015.
 """
 
 from __future__ import annotations
