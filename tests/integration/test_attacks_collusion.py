@@ -15,7 +15,7 @@ from bmoe.protocol.messages import Output, open_message
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
-CAUGHT_WITHIN_S = 30.0
+CAUGHT_WITHIN_S = 60.0
 
 
 def colluders(name: str, count: int) -> list[AgentSpec]:

@@ -11,7 +11,7 @@ from fault_tools import kill_in_gateway, until
 from live_fleet import Board, LiveFleet
 
 from bmoe.ledger.rules.commitments import commit_rows
-from bmoe.protocol.messages import Output, seal_message, tensor_specs
+from bmoe.protocol.messages import Output, open_message, seal_message, tensor_specs
 from bmoe.protocol.tensors import Tensor
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
@@ -116,7 +116,8 @@ async def test_what_a_device_leaves_retained_is_judged_anew_by_each_coordinator_
             await board.peer.link.publish(topic("hoarder", channel), b"", qos=1, retain=True)
     assert not fleet.log_lines("coordinator", "handler_failed")
     facts = await fleet.unharmed()
-    assert not facts.equivocations and not facts.outputs_of("hoarder")
+    accused = [open_message(Output, e.first).header.author for e in facts.equivocations]
+    assert "hoarder" not in accused and not facts.outputs_of("hoarder")
 
 
 def unasked(board: Board) -> bytes:
