@@ -53,7 +53,10 @@ def _arrays(body: Mapping[str, Any]) -> dict[str, np.ndarray]:
         array = _array(item["data"], name)
         if array.size != prod(shape):
             raise MessageError(f"input {name!r}: shape {shape} needs {prod(shape)} items of data, got {array.size}")
-        arrays[name] = array.reshape(shape) if array.size else np.zeros(shape, dtype)
+        try:
+            arrays[name] = array.reshape(shape) if array.size else np.zeros(shape, dtype)
+        except ValueError as error:  # beyond what an array can be, which a 0 in the shape hides from the count
+            raise MessageError(f"input {name!r}: no array has the shape {short(shape)}: {error}") from None
     return arrays
 
 

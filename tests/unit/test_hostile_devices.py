@@ -219,6 +219,8 @@ GOOD_REPLY: dict[str, Any] = {
     [
         {"outputs": None}, {"outputs": [1]}, {"outputs": [{}]}, {"parameters": None}, {"parameters": {}},
         {"outputs": [{"name": "y", "datatype": "FP32", "shape": [1 << 40, 1 << 40], "data": [1]}]},
+        {"outputs": [{"name": "y", "datatype": "FP32", "shape": [1 << 53, 1 << 53, 0], "data": []}]},
+        {"outputs": [{"name": "y", "datatype": "FP32", "shape": [0] * 100, "data": []}]},
         {"outputs": [{"name": "y", "datatype": "FP32", "shape": [-1, -1], "data": [1]}]},
         {"outputs": [{"name": "y", "datatype": "??", "shape": [1], "data": [1]}]},
         {"outputs": [{"name": "y", "datatype": "INT8", "shape": [1], "data": [1e300]}]},
@@ -234,6 +236,14 @@ def test_a_reply_that_is_no_answer_is_said_to_be_none(changed: dict[str, Any]) -
     assert read_answer(json.dumps(GOOD_REPLY).encode(), None).outputs["y"].tolist() == [[1, 2]]
     with pytest.raises(UnavailableError, match=r"cannot be read|no JSON object|malformed"):
         read_answer(json.dumps({**GOOD_REPLY, **changed}).encode(), None)
+
+
+@pytest.mark.parametrize("shape", [[1 << 53, 1 << 53, 0], [0] * 100])
+def test_a_board_refuses_a_reply_of_a_shape_that_no_array_can_have(shape: list[int]) -> None:
+    from edge_agent.oip import outputs_of
+
+    with pytest.raises(MessageError, match="no array has the shape"):
+        outputs_of({"outputs": [{"name": "y", "datatype": "FP32", "shape": shape, "data": []}]})
 
 
 def test_a_body_of_lists_is_refused_before_it_is_parsed_and_one_of_numbers_is_not() -> None:
