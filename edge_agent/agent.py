@@ -24,7 +24,7 @@ from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
 from edge_agent import admit as admission
-from edge_agent import certificates
+from edge_agent import certificates, clock
 from edge_agent.admit import Admitted, Decision, Ignored, Load, Refused, Repeated, Rules
 from edge_agent.complain import Claim, Complaints
 from edge_agent.config import AgentSettings
@@ -37,6 +37,7 @@ from edge_agent.outbox import Outbox
 from edge_agent.presence import Presence
 from edge_agent.report import Reporter
 from edge_agent.sign import SignedOutput, Stamp, sign
+from edge_agent.systemd import notify, pulse
 from edge_agent.tally import Tally
 from edge_agent.trust import Trust
 
@@ -46,6 +47,8 @@ T = TypeVar("T")
 # Hashing more than this would make the loop late for others.
 LARGE_BYTES = 256 * 1024
 UPKEEP_S = 2.0
+TIDY_S = 10.0  # what is forgotten and noted is written together: each writing costs a card whole blocks
+ANSWERED_S = 60  # beyond the wait for a task's notice, in case a complaint needs the output
 FINISH_S = 2.0
 
 
@@ -66,15 +69,18 @@ class Agent:
         s, i = settings, identity
         self.settings, self.identity, self._steps = s, i, steps
         self.outbox = Outbox(
-            s.state / "outbox.db", count=s.outbox_count, size=s.outbox_bytes, age_ms=s.outbox_age_s * 1000
-        )
+            s.state / "outbox.db", count=s.outbox_count, size=s.outbox_bytes, age_ms=s.outbox_age_s * 1000,
+            answered_ms=(s.notice_wait_s + ANSWERED_S) * 1000,
+        )  # fmt: skip
         self._fleet = fleet = FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key))
         self.trust = Trust(i, fleet)
         self.experts = Experts(
             s.state / "experts", fleet, i.registrar, i.ledger, file_bytes=s.expert_bytes, cache_bytes=s.cache_bytes
         )
-        self.runner = Runner(memory_mb=s.memory_mb, max_sessions=s.max_sessions, nice=s.nice)
-        self.presence = Presence(s, self.stamp)
+        self.runner = Runner(
+            memory_mb=s.memory_mb, max_sessions=s.max_sessions, nice=s.nice, threads=s.threads, providers=s.providers
+        )
+        self.presence = Presence(s, self.stamp, lambda: self.runner.provider)
         self.complaints = Complaints(
             size=s.complaint_bytes, per_minute=s.complaints_per_minute, wait_ms=s.notice_wait_s * 1000
         )
@@ -111,9 +117,14 @@ class Agent:
             await self.runner.start()
             keep_what_is_loaded()
             self._ready = True
+            # It can serve. Whether anybody asks depends on the network, which no restart of ours would mend.
+            notify(READY="1", STATUS="serving, no link yet")
             self._announce()
             self.trust.refresh_soon()
-            duties = [certificates.keep(self.identity, self._fleet), self._tell_health(), self._keep_up()]
+            duties = [
+                certificates.keep(self.identity, self._fleet), self._tell_health(), self._keep_up(),
+                pulse(self.runner.answers), self._keep_time(),
+            ]  # fmt: skip
             for duty in duties:
                 self._spawn(duty)
             await stop.wait()
@@ -122,6 +133,7 @@ class Agent:
 
     async def _close(self) -> None:
         self._stopping = True
+        notify(STOPPING="1", STATUS="stopping")
         if self._serving:
             await asyncio.wait(self._serving, timeout=FINISH_S)
         for job in self._jobs:
@@ -138,13 +150,16 @@ class Agent:
     def _on_up(self) -> None:
         self._connections += 1
         self._connection = self._connections
-        log.info(event("link_up", broker=f"{self.identity.broker_host}:{self.identity.broker_port}"))
+        broker = f"{self.identity.broker_host}:{self.identity.broker_port}"
+        log.info(event("link_up", broker=broker))
+        notify(STATUS=f"serving, connected to {broker} as {self.identity.name}")
         self._announce()
         self._spawn(self._catch_up())
 
     def _on_down(self, reason: str) -> None:
         self._connection = 0
         log.warning(event("link_down", reason=reason))
+        notify(STATUS=f"serving, no link: {reason}")
 
     def _on_message(self, name: str, payload: bytes) -> None:
         if name.endswith("/task"):
@@ -313,15 +328,18 @@ class Agent:
                     queued=len(self._in_work),
                     answered=self.answered,
                     refused=self.tally.total("task_refused"),
-                    unreported=len(self.outbox.unreported(0)),
+                    unreported=len(self.outbox.unreported()),
                 )
                 self.link.publish(topic(self.identity.name, "health"), health)
 
     async def _keep_up(self) -> None:
+        tidied = time.monotonic()
         while True:
             await asyncio.sleep(UPKEEP_S)
-            with contextlib.suppress(BmoeError):
-                await self.outbox.tidy(_now_ms())
+            if time.monotonic() - tidied >= TIDY_S:
+                tidied = time.monotonic()
+                with contextlib.suppress(BmoeError):
+                    await self.outbox.tidy(_now_ms())
             with contextlib.suppress(BmoeError):
                 for claim in self.complaints.overdue(self._connection, _now_ms()):
                     await self._complain(claim)
@@ -329,7 +347,14 @@ class Agent:
 
     async def _catch_up(self) -> None:
         if self.link.connected:
-            await self.reporter.catch_up(_now_ms() - self.settings.grace_s * 1000)
+            await self.reporter.catch_up()
+
+    async def _keep_time(self) -> None:
+        """Remember now and then what time it is: a board without a clock of its own must not begin before that."""
+        while True:
+            with contextlib.suppress(OSError):
+                await in_thread(lambda: clock.save(self.settings.state))
+            await asyncio.sleep(clock.SAVE_EVERY_S)
 
     def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         job: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from bmoe.protocol.errors import BmoeError, InputError
@@ -22,15 +23,15 @@ from edge_agent.logs import event
 
 log = logging.getLogger("bmoe.agent")
 RENEWAL_PAUSE_S = 6 * 3600.0
+RENEWAL_AGAIN_S = 300.0  # a board that is seldom online must not miss its hour
 AGAIN_S = (1.0, 30.0)  # the first pause of one that must have a certificate, and the longest
 
 
 async def keep(identity: Identity, fleet: FleetClient, sessions: Iterable[str] = ("",)) -> None:
     """For ever: renew these certificates when they are due. A link reads its own when it reconnects."""
     while True:
-        for session in sessions:
-            await _try(identity, fleet, session)
-        await asyncio.sleep(RENEWAL_PAUSE_S)
+        done = [await _try(identity, fleet, session) for session in sessions]
+        await asyncio.sleep(RENEWAL_PAUSE_S if all(done) else RENEWAL_AGAIN_S)
 
 
 async def wait_for(identity: Identity, fleet: FleetClient, session: str) -> None:
@@ -44,11 +45,22 @@ async def wait_for(identity: Identity, fleet: FleetClient, session: str) -> None
         pause = min(2 * pause, AGAIN_S[1])
 
 
-async def _try(identity: Identity, fleet: FleetClient, session: str) -> None:
+async def _try(identity: Identity, fleet: FleetClient, session: str) -> bool:
     try:
         await in_thread(lambda: ensure(identity, fleet, session))
     except (BmoeError, OSError, ValueError) as error:
-        log.warning(event("certificate_not_renewed", session=session, reason=error))
+        left = seconds_left(identity.certificate_of(session))
+        log.warning(event("certificate_not_renewed", session=session, reason=error, days_left=round(left / 86400, 1)))
+        return False
+    return True
+
+
+def seconds_left(path: Path) -> float:
+    """How long a certificate is still valid; negative where it is over, 0 where there is none that can be read."""
+    try:
+        return float(_load(path.read_bytes()).not_valid_after_utc.timestamp()) - time.time()
+    except (OSError, ValueError, InputError):
+        return 0.0
 
 
 def ensure(identity: Identity, fleet: FleetClient, session: str = "") -> None:

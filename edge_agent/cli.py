@@ -10,13 +10,14 @@ from pathlib import Path
 
 from bmoe import __version__
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
+from edge_agent.cli_board import add_board_commands
 from edge_agent.cli_source import add_source_commands
 
 EPILOG = """
 first time on a board:
   1. on the gateway, `bmoe token create` prints a one-time token
   2. on the board:  bmoe-agent join bmoe1.XXXX --name kitchen-pi
-  3. on the board:  bmoe-agent run          (or: systemctl enable --now bmoe-agent)
+  3. on the board:  bmoe-agent run          (or, as root: bmoe-agent install, which starts it now and at each boot)
 
 settings come from flags, then BMOE_AGENT_* variables (BMOE_AGENT_QUEUE_LIMIT=16), then agent.toml in the state
 directory (queue_limit = 16); `bmoe-agent settings` shows all of them with what is in force.
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
     settings = commands.add_parser("settings", help="show every setting and what is in force")
     settings.set_defaults(command=_settings)
-    asking = add_source_commands(commands)
+    asking = [*add_source_commands(commands), *add_board_commands(commands)]
     for command in (join, run, settings, *asking):
         command.add_argument("--state", type=Path, metavar="DIR", help="the one directory that is written to")
     for command in (run, settings, *asking):

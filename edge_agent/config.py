@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, StringConstraints, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from bmoe.protocol.errors import ConfigError
 
 SYSTEM_STATE = Path("/var/lib/bmoe-agent")
 MIB = 1 << 20
+Provider = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Za-z]{1,40}ExecutionProvider$")]
 
 
 def default_state() -> Path:
@@ -34,17 +35,26 @@ class AgentSettings(BaseSettings):
     queue_bytes: int = Field(32 * MIB, ge=MIB, description="Bytes of the tasks in work together.")
     payload_bytes: int = Field(8 * MIB, ge=1024, le=64 * MIB, description="Largest task message.")
     memory_mb: int = Field(512, ge=32, description="Memory that experts and their tensors may use together.")
+    threads: int = Field(1, ge=1, le=256, description="Threads that compute one task.")
+    providers: tuple[Provider, ...] = Field(
+        ("CPUExecutionProvider",),
+        min_length=1,
+        description="Execution providers of onnxruntime, the wanted first; what is not there is left out, the CPU's last.",
+    )
     max_sessions: int = Field(16, ge=1, le=1024, description="Experts kept loaded.")
     nice: int = Field(5, ge=0, le=19, description="Niceness of the process that computes.")
     expert_bytes: int = Field(256 * MIB, ge=1024, description="Largest expert file.")
     cache_bytes: int = Field(1024 * MIB, ge=1024, description="Expert files kept on disk, the longest unused go first.")
     outbox_count: int = Field(8192, ge=1, description="Signed outputs kept to be sent again.")
     outbox_bytes: int = Field(64 * MIB, ge=MIB, description="Bytes of the signed outputs kept.")
-    outbox_age_s: int = Field(120, ge=1, description="How long after its deadline a signed output is kept.")
+    outbox_age_s: int = Field(
+        604_800,
+        ge=60,
+        description="How long after its deadline an output that the gateway has not got is kept and sent.",
+    )
     complaint_bytes: int = Field(16 * MIB, ge=0, description="Bytes of task messages kept until their notice comes.")
     complaints_per_minute: int = Field(6, ge=0, le=600, description="Complaints to the validators; 0 sends none.")
     clock_tolerance_ms: int = Field(2000, ge=0, le=600_000, description="How far our clock may be ahead.")
-    grace_s: int = Field(10, ge=0, le=600, description="How long after its deadline an output is still reported.")
     notice_wait_s: int = Field(30, ge=1, description="How long after its deadline a task's notice may take.")
     health_every_s: float = Field(10.0, gt=0, le=3600, description="Pause between health messages.")
     keepalive_s: int = Field(20, ge=2, le=600, description="MQTT keepalive.")
@@ -56,8 +66,18 @@ class AgentSettings(BaseSettings):
     source_file_bytes: int = Field(8 * MIB, ge=1, description="Largest file that is taken from a watched folder.")
     source_queue_count: int = Field(4096, ge=1, description="Local answers kept on disk to be verified.")
     source_queue_bytes: int = Field(64 * MIB, ge=1024, description="Bytes of the local answers kept.")
+    temperature_file: Path = Field(
+        Path("/sys/class/thermal/thermal_zone0/temp"), description="Where the kernel tells the board's temperature."
+    )
     log_format: str = Field("text", pattern="^(text|json)$", description="Form of the log: text, or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severity logged.")
+
+    @field_validator("temperature_file")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        if not path.is_absolute():
+            raise ValueError("expected an absolute path")
+        return path
 
     @classmethod
     def settings_customise_sources(

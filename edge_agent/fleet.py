@@ -36,6 +36,11 @@ class FleetClient:
         """The object that a 200 reply holds; raises MessageError when it is none, and as `get` does."""
         return _object(self.get(path), path)
 
+    def date(self, path: str) -> str:
+        """The header `Date` of a 200 reply, empty where it has none; raises as `get` does."""
+        with self._reply("GET", path) as response:
+            return response.getheader("Date", "")
+
     def post_json(self, path: str, body: bytes) -> dict[str, Any]:
         """Send JSON, get an object back; raises as `get_json` does."""
         with self._reply("POST", path, body) as response:

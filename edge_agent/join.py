@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,19 @@ from edge_agent.health import board
 from edge_agent.identity import Identity, from_facts, identity_file, load_identity
 
 
-def join(state: Path, token_text: str, *, name: str | None, gateway: str | None, force: bool) -> Identity:
+def join(
+    state: Path,
+    token_text: str,
+    *,
+    name: str | None,
+    gateway: str | None,
+    force: bool,
+    check: Callable[[str, Path], None] = lambda url, ca: None,
+) -> Identity:
     """Enrol this device with a one-time token; returns its identity, which is durable by then.
 
-    `gateway` overrules the token's address. Raises ConfigError, MessageError, RefusedError, UnavailableError.
+    `gateway` overrules the token's address; `check(url, ca)` is asked once the gateway's CA is known, and what it raises
+    keeps the token unused. Raises ConfigError, MessageError, RefusedError, UnavailableError.
     """
     token = parse_token(token_text)
     url = check_url(gateway) if gateway else token.url
@@ -66,6 +76,7 @@ def join(state: Path, token_text: str, *, name: str | None, gateway: str | None,
     unverified = FleetClient(url, _trust_nobody)
     ca = pinned(unverified.get("/v1/ca", 64 * 1024), token.pin)
     write_durably(folder / "ca.pem", ca)
+    check(url, folder / "ca.pem")
     verified = FleetClient(url, lambda: mutual_tls(folder / "ca.pem"))
     return _keep(state, folder, url, verified.post_json("/v1/enrol", request))
 

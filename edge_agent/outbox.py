@@ -3,6 +3,9 @@
 What a power cut finds: before the commit of `keep`, nothing was published and the task may be computed again; after it,
 the same bytes are sent again. A forgotten task is never admitted again: `floor_ms` rises to its deadline first.
 SQLite in WAL mode with synchronous=FULL, in one thread; outputs that wait together share one commit.
+
+Cards wear out by what is written: a row is written once and deleted once, is found by a number that only memory knows (an
+index would be a further page each commit), and that the broker has it is noted in a small table beside, now and then.
 """
 
 from __future__ import annotations
@@ -25,13 +28,20 @@ from edge_agent.logs import event
 log = logging.getLogger("bmoe.agent")
 T = TypeVar("T")
 
-SCHEMA = 1
+SCHEMA = 2
 SEQUENCE_BLOCK = 1000
 # The furthest deadline that is admitted; what a lost outbox may have signed is over by then.
 AHEAD_MS = 15 * 60 * 1000
-_TABLES = """
-CREATE TABLE output (task BLOB PRIMARY KEY, deadline_ms INTEGER NOT NULL, reported INTEGER NOT NULL, message BLOB NOT NULL);
-CREATE TABLE fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
+_OUTPUT = """
+CREATE TABLE output (number INTEGER PRIMARY KEY, task BLOB NOT NULL, deadline_ms INTEGER NOT NULL, message BLOB NOT NULL);
+CREATE TABLE reported (number INTEGER PRIMARY KEY);
+"""
+_TABLES = _OUTPUT + "CREATE TABLE fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;"
+_FROM_1 = f"""
+ALTER TABLE output RENAME TO earlier; {_OUTPUT}
+INSERT INTO output SELECT rowid, task, deadline_ms, message FROM earlier;
+INSERT INTO reported SELECT rowid FROM earlier WHERE reported;
+DROP TABLE earlier;
 """
 
 
@@ -39,25 +49,34 @@ CREATE TABLE fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 class Kept:
     """What is remembered in memory of a kept output."""
 
+    number: int
     deadline_ms: int
     size: int
     reported: bool = False
 
 
 class Outbox:
-    """The outputs kept in one file, at most `count` and `size` bytes of them, until `age_ms` after their deadline."""
+    """The outputs kept in one file, at most `count` and `size` bytes of them.
 
-    def __init__(self, path: Path, *, count: int, size: int, age_ms: int) -> None:
-        self._path, self._count, self._size, self._age_ms = path, count, size, age_ms
+    Until `age_ms` after their deadline, those that the broker has until `answered_ms`. Where there is no room, those that
+    the broker has go first, and the earliest deadline of them.
+    """
+
+    def __init__(self, path: Path, *, count: int, size: int, age_ms: int, answered_ms: int = 120_000) -> None:
+        self._path, self._count, self._size = path, count, size
+        self._age_ms, self._answered_ms = age_ms, min(age_ms, answered_ms)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="bmoe-outbox")
         self._kept: dict[bytes, Kept] = {}
+        # Heaps by deadline. Whatever was reported meanwhile, or is gone, is passed over where it comes up.
         self._by_deadline: list[tuple[int, bytes]] = []
+        self._by_deadline_reported: list[tuple[int, bytes]] = []
+        self._number = 0
         self._bytes = 0
         self._waiting: dict[bytes, tuple[int, bytes, asyncio.Future[None]]] = {}
         self._marks: list[bytes] = []
         self._flushing: asyncio.Task[None] | None = None
         self._closed = False
-        self.floor_ms = 0
+        self.floor_ms = self._floor_on_disk = 0
         try:
             self._pool.submit(self._open).result()
         except (sqlite3.Error, OSError) as error:
@@ -96,23 +115,26 @@ class Outbox:
 
     def mark_reported(self, task: bytes) -> None:
         """Note that the broker has it. Not durable at once: after a crash it is merely sent again."""
-        if task in self._kept and not self._kept[task].reported:
-            self._kept[task].reported = True
+        kept = self._kept.get(task)
+        if kept is not None and not kept.reported:
+            kept.reported = True
             self._marks.append(task)
+            heapq.heappush(self._by_deadline_reported, (kept.deadline_ms, task))
 
-    def unreported(self, latest_deadline_ms: int) -> list[bytes]:
-        """Tasks whose output the broker has not acknowledged and whose deadline is not before `latest_deadline_ms`."""
-        return [t for t, kept in self._kept.items() if not kept.reported and kept.deadline_ms >= latest_deadline_ms]
+    def unreported(self) -> list[bytes]:
+        """Tasks whose output the broker has not acknowledged, in the order in which they were kept."""
+        return [task for task, kept in self._kept.items() if not kept.reported]
 
     async def message(self, task: bytes) -> bytes | None:
         """The output message kept for a task."""
-        return await self._in_thread(lambda: self._read(task)) if task in self._kept else None
+        kept = self._kept.get(task)
+        return None if kept is None else await self._in_thread(lambda: self._read(kept.number))
 
     async def tidy(self, now_ms: int) -> None:
         """Forget what is past its age, and write the marks. Call it now and then."""
         gone = self._evictable(now_ms)
         if gone or self._marks:
-            await self._settle(gone, {})
+            await self._settle(gone, {}, self._taken_marks())
 
     async def close(self) -> None:
         """Write what waits, then close the file. Doing it again does nothing."""
@@ -122,13 +144,17 @@ class Outbox:
         if self._flushing is not None:
             await self._flushing
         if self._marks:
-            await self._settle([], {})
+            await self._settle([], {}, self._taken_marks())
         await self._in_thread(self._db.close)
         self._pool.shutdown()
 
     def _wake(self) -> None:
         if self._flushing is None or self._flushing.done():
             self._flushing = asyncio.ensure_future(self._flush())
+
+    def _taken_marks(self) -> list[bytes]:
+        marks, self._marks = self._marks, []
+        return [task for task in marks if task in self._kept]
 
     async def _flush(self) -> None:
         while self._waiting:
@@ -138,54 +164,66 @@ class Outbox:
                 await self._settle(self._evictable(0, adding=list(batch.values())), batch)
             except UnavailableError as raised:
                 error = raised
-            for task, (deadline_ms, message, future) in batch.items():
+            for task, (_, _, future) in batch.items():
                 del self._waiting[task]
-                if error is None:
-                    self._remember(task, Kept(deadline_ms, len(message)))
                 if not future.done():
                     future.set_exception(error) if error else future.set_result(None)
 
-    async def _settle(self, gone: list[bytes], batch: dict[bytes, Any]) -> None:
+    async def _settle(self, gone: list[bytes], batch: dict[bytes, Any], marks: Sequence[bytes] = ()) -> None:
         """One transaction: forget, mark, keep, and reserve numbers. Raises UnavailableError; then nothing changed."""
-        marks, self._marks = self._marks, []
-        floor = max([self._kept[task].deadline_ms for task in gone], default=self.floor_ms)
-        floor = max(floor, self.floor_ms)
-        rows = [(task, deadline_ms, message) for task, (deadline_ms, message, _) in batch.items()]
+        floor = max([self.floor_ms, *(self._kept[task].deadline_ms for task in gone)])
+        raised = floor if floor > self._floor_on_disk else None
+        new = {}
+        for task, (deadline_ms, message, _) in batch.items():
+            self._number += 1
+            new[task] = Kept(self._number, deadline_ms, len(message))
+        rows = [(new[task].number, task, deadline_ms, message) for task, (deadline_ms, message, _) in batch.items()]
         reserve = self._seq + SEQUENCE_BLOCK if self._seq + SEQUENCE_BLOCK // 2 > self._reserved else None
         self.floor_ms = floor  # at once: while the commit runs, none of them may be admitted again
+        out, noted = ([self._kept[task].number for task in tasks] for tasks in (gone, marks))
         try:
-            await self._in_thread(lambda: self._commit(gone, marks, rows, floor, reserve))
+            await self._in_thread(lambda: self._commit(out, noted, rows, raised, reserve))
         except Exception as error:  # of the disk or not: whoever waits must hear of it
-            self._marks = marks + self._marks
-            for task in gone:  # taken off the heap, but still there
-                heapq.heappush(self._by_deadline, (self._kept[task].deadline_ms, task))
+            self._marks = [*marks, *self._marks]
+            for task in gone:  # taken off its heap, but still there
+                self._enqueue(task, self._kept[task])
             raise UnavailableError(f"the outbox takes nothing: {error}") from None
+        self._floor_on_disk = max(self._floor_on_disk, floor)
         lost = 0
         for task in gone:
             kept = self._kept.pop(task)
             self._bytes -= kept.size
             lost += not kept.reported
+        for task, kept in new.items():
+            self._remember(task, kept)
         if lost:
             log.warning(event("outputs_dropped", unreported=lost, kept=len(self._kept)))
 
     def _evictable(self, now_ms: int, adding: Sequence[tuple[int, bytes, Any]] = ()) -> list[bytes]:
-        """Take off the heap what is too old or, the earliest deadline first, must make room."""
+        """Take off the heaps what is too old or must make room."""
         count = len(self._kept) + len(adding)
         size = self._bytes + sum(len(message) for _, message, _ in adding)
         gone = []
-        while self._by_deadline:
-            deadline_ms, task = self._by_deadline[0]
-            if count <= self._count and size <= self._size and deadline_ms + self._age_ms >= now_ms:
-                break
-            heapq.heappop(self._by_deadline)
-            gone.append(task)
-            count, size = count - 1, size - self._kept[task].size
+        for heap, age_ms in ((self._by_deadline_reported, self._answered_ms), (self._by_deadline, self._age_ms)):
+            while heap:
+                deadline_ms, task = heap[0]
+                kept = self._kept.get(task)
+                passed_over = kept is None or (kept.reported and heap is self._by_deadline)
+                if not passed_over and count <= self._count and size <= self._size and deadline_ms + age_ms >= now_ms:
+                    break
+                heapq.heappop(heap)
+                if kept is not None and not passed_over:
+                    gone.append(task)
+                    count, size = count - 1, size - kept.size
         return gone
 
     def _remember(self, task: bytes, kept: Kept) -> None:
         self._kept[task] = kept
         self._bytes += kept.size
-        heapq.heappush(self._by_deadline, (kept.deadline_ms, task))
+        self._enqueue(task, kept)
+
+    def _enqueue(self, task: bytes, kept: Kept) -> None:
+        heapq.heappush(self._by_deadline_reported if kept.reported else self._by_deadline, (kept.deadline_ms, task))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
@@ -194,7 +232,7 @@ class Outbox:
 
     def _open(self) -> None:
         now_ms = time.time_ns() // 1_000_000
-        self._db, aside = open_or_replace(self._path, _TABLES, SCHEMA)
+        self._db, aside = open_or_replace(self._path, _TABLES, SCHEMA, {1: _FROM_1})
         if aside is not None:
             # Start anew, but admit nothing that the lost file may have answered: two outputs for a task are perjury.
             log.error(event("outbox_damaged", kept_as=aside, refusing_s=AHEAD_MS // 1000))
@@ -203,26 +241,35 @@ class Outbox:
         self._seq = self._reserved = facts.get("seq", now_ms)
         self.floor_ms = max(facts.get("floor_ms", 0), now_ms + AHEAD_MS if aside else 0)
         self._commit([], [], [], self.floor_ms, self._seq + SEQUENCE_BLOCK)
-        for task, deadline_ms, reported, size in self._db.execute(
-            "SELECT task, deadline_ms, reported, length(message) FROM output"
+        self._floor_on_disk = self.floor_ms
+        for number, task, deadline_ms, size, reported in self._db.execute(
+            "SELECT output.number, task, deadline_ms, length(message), reported.number IS NOT NULL"
+            " FROM output LEFT JOIN reported USING (number) ORDER BY number"
         ):
-            self._remember(task, Kept(deadline_ms, size, bool(reported)))
+            self._remember(task, Kept(number, deadline_ms, size, bool(reported)))
+            self._number = number
 
     def _reserve(self, limit: int) -> None:
-        self._commit([], [], [], self.floor_ms, limit)
+        self._commit([], [], [], None, limit)
 
-    def _read(self, task: bytes) -> bytes | None:
-        row = self._db.execute("SELECT message FROM output WHERE task = ?", (task,)).fetchone()
+    def _read(self, number: int) -> bytes | None:
+        row = self._db.execute("SELECT message FROM output WHERE number = ?", (number,)).fetchone()
         return row[0] if row else None
 
     def _commit(
-        self, gone: list[bytes], marks: list[bytes], rows: list[tuple[bytes, int, bytes]], floor: int, seq: int | None
+        self,
+        gone: Sequence[int],
+        marks: Sequence[int],
+        rows: Sequence[tuple[int, bytes, int, bytes]],
+        floor: int | None,
+        seq: int | None,
     ) -> None:
         with self._db:  # BEGIN .. COMMIT, or ROLLBACK
-            self._db.executemany("DELETE FROM output WHERE task = ?", [(task,) for task in gone])
-            self._db.executemany("UPDATE output SET reported = 1 WHERE task = ?", [(task,) for task in marks])
-            self._db.executemany("INSERT INTO output VALUES (?, ?, 0, ?)", rows)
-            facts = [("floor_ms", floor), *([("seq", seq)] if seq is not None else [])]
+            self._db.executemany("INSERT OR IGNORE INTO reported VALUES (?)", [(number,) for number in marks])
+            self._db.executemany("DELETE FROM output WHERE number = ?", [(number,) for number in gone])
+            self._db.executemany("DELETE FROM reported WHERE number = ?", [(number,) for number in gone])
+            self._db.executemany("INSERT INTO output VALUES (?, ?, ?, ?)", rows)
+            facts = [(name, value) for name, value in (("floor_ms", floor), ("seq", seq)) if value is not None]
             self._db.executemany("INSERT OR REPLACE INTO fact VALUES (?, ?)", facts)
         if seq is not None:
             self._reserved = seq

@@ -14,17 +14,16 @@ from edge_agent.config import AgentSettings
 from edge_agent.health import COUNTERS, Gauge, board
 from edge_agent.sign import Stamp
 
-PROVIDER = "CPUExecutionProvider"
-
 
 class Presence:
-    """Makes the signed messages in which an agent speaks of itself; `stamp` gives the author's part of each."""
+    """Makes the signed messages in which an agent speaks of itself; `stamp` gives the author's part of each, `provider`
+    the execution provider that experts run on first."""
 
-    def __init__(self, settings: AgentSettings, stamp: Callable[[], Stamp]) -> None:
-        self._settings, self._stamp = settings, stamp
+    def __init__(self, settings: AgentSettings, stamp: Callable[[], Stamp], provider: Callable[[], str]) -> None:
+        self._settings, self._stamp, self._provider = settings, stamp, provider
         self._board = board()
         self._started_ms = time.time_ns() // 1_000_000
-        self._gauge = Gauge()
+        self._gauge = Gauge(temperature=settings.temperature_file)
         self._gauge.read()  # CPU use is that since the reading before
 
     def status(self, state: str) -> Will:
@@ -36,7 +35,7 @@ class Presence:
             started_ms=self._started_ms,
             version=__version__[:32],
             board=plain(self._board, 128),
-            provider=PROVIDER,
+            provider=plain(self._provider(), 64),
             memory_mb=self._settings.memory_mb,
             queue_limit=self._settings.queue_limit,
         )

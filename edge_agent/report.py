@@ -12,6 +12,7 @@ from edge_agent.logs import event
 from edge_agent.outbox import Outbox
 
 log = logging.getLogger("bmoe.agent")
+AT_ONCE = 16  # over a slow link one at a time would take a round trip each
 
 
 class Publisher(Protocol):
@@ -51,9 +52,17 @@ class Reporter:
         if message is not None:
             await self.report(task, message)
 
-    async def catch_up(self, earliest_deadline_ms: int) -> None:
-        """Publish what is kept and unacknowledged and whose deadline is not before the time given; stop at a failure."""
-        for task in self._outbox.unreported(earliest_deadline_ms):
-            message = await self._outbox.message(task)
-            if message is not None and task not in self._on_the_way and not await self.report(task, message):
+    async def catch_up(self) -> None:
+        """Publish what is kept and unacknowledged, the newest first: somebody may still wait for it. Stop at a failure.
+
+        What is late counts for nothing any more, but whoever signed it was there: it is delivered as long as it is kept.
+        """
+        tasks = list(reversed(self._outbox.unreported()))
+        for begin in range(0, len(tasks), AT_ONCE):
+            if not all(await asyncio.gather(*map(self._delivered, tasks[begin : begin + AT_ONCE]))):
                 return
+
+    async def _delivered(self, task: bytes) -> bool:
+        """Publish one, unless it is under way already; False at a failure."""
+        message = None if task in self._on_the_way else await self._outbox.message(task)
+        return message is None or task in self._on_the_way or await self.report(task, message)

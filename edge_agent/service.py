@@ -14,22 +14,45 @@ from bmoe.protocol.state_format import check_format
 from edge_agent import logs
 from edge_agent.agent import Agent, Steps
 from edge_agent.config import AgentSettings
-from edge_agent.identity import identity_file, load_identity
+from edge_agent.enrol import identity_of, token_file, wait_for_time
+from edge_agent.identity import Identity, identity_file, load_identity
+from edge_agent.systemd import pulse
 
 STATE_FORMAT = 1
 
 
 async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noqa: B008
-    """Run an agent until a signal; raises ConfigError when this device has not joined or another process serves it."""
+    """Run an agent until a signal; raises ConfigError when this device has neither joined
+    nor a token to join with, or another process serves it."""
     logs.set_up(settings.log_level, settings.log_format)
-    identity = load_identity(settings.state)
-    with only_one(settings.state):
-        check_format(settings.state, STATE_FORMAT, identity_file(settings.state), unmarked=STATE_FORMAT)
+    state = settings.state
+    if not token_file(state).exists():
+        load_identity(state)  # says what to do, before anything is written
+    with only_one(state):
+        check_format(state, STATE_FORMAT, identity_file(state), unmarked=STATE_FORMAT)
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await Agent(settings, identity, steps=steps).run(stop)
+        identity = await _prepared(state, stop)
+        if identity is not None and not stop.is_set():
+            await Agent(settings, identity, steps=steps).run(stop)
+
+
+async def _prepared(state: Path, stop: asyncio.Event) -> Identity | None:
+    """Enrolled, and with a clock that may be right: however long that takes, systemd hears that we live."""
+    living = asyncio.ensure_future(pulse(_alive))
+    try:
+        identity = await identity_of(state, stop)
+        if identity is not None:
+            await wait_for_time(identity, state, stop)
+        return identity
+    finally:
+        living.cancel()
+
+
+async def _alive() -> bool:
+    return True
 
 
 @contextlib.contextmanager

@@ -50,7 +50,9 @@ async def _serve(
     )
     submissions = Submissions(folder / "submissions.db", count=s.source_queue_count, size=s.source_queue_bytes)
     requester = Requester(i, s.keepalive_s)
-    runner = Runner(memory_mb=s.memory_mb, max_sessions=s.max_sessions, nice=s.nice)
+    runner = Runner(
+        memory_mb=s.memory_mb, max_sessions=s.max_sessions, nice=s.nice, threads=s.threads, providers=s.providers
+    )
     local = Local(experts, runner) if s.source_local else None
     asker = Asker(
         model,

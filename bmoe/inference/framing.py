@@ -16,7 +16,7 @@ from bmoe.protocol.errors import BmoeError, InferenceError, InputError, ModelErr
 LOAD = 1  # digest, path
 RUN = 2  # digest, then the inputs
 # Replies.
-READY = 16  # the version of onnxruntime
+READY = 16  # the version of onnxruntime, and the execution provider that experts run on first
 LOADED = 17  # nothing
 ABSENT = 18  # nothing: the expert of a RUN is not loaded (any more); load it and ask again
 WORN = 19  # nothing: it does not fit beside what other experts left behind; replace the worker and ask again

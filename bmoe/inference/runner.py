@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe.inference import framing
-from bmoe.protocol.errors import ConfigError, InferenceError, InputError, UnavailableError
+from bmoe.inference.providers import CPU, ENVIRONMENT
+from bmoe.protocol.errors import BmoeError, ConfigError, InferenceError, InputError, UnavailableError
 from bmoe.protocol.tensors import Tensor
 
 # Not part of a task's time: on a slow board these alone take seconds, and killing them would only start them again.
 START_TIMEOUT_S = 60.0
 LOAD_TIMEOUT_S = 60.0
+ANSWER_TIMEOUT_S = 10.0
 LOG_TAIL_BYTES = 600
 CONTROL_BYTES = 1 << 16
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,7 @@ class _Worker:
         self.log = os.memfd_create("bmoe-inference-log")
         self.link = ours
         self.streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self.provider = CPU
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bmoe.inference.worker", str(os.getpid()), *map(str, settings)],
@@ -78,9 +81,10 @@ class _Worker:
             return
         self.streams = await asyncio.open_connection(sock=self.link)
         try:
-            kind, _ = await self.exchange([], START_TIMEOUT_S, CONTROL_BYTES)
+            kind, parts = await self.exchange([], START_TIMEOUT_S, CONTROL_BYTES)
             if kind != framing.READY:
                 raise ValueError(f"a first frame of kind {kind}")
+            self.provider = parts[1].decode()
         except BROKEN as error:
             cause = await self.end()
             raise ConfigError(f"the inference worker did not start: {error or type(error).__name__}; {cause}") from None
@@ -135,19 +139,30 @@ class Runner:
     """Runs experts one at a time, first come first served, in a child process that is replaced whenever it dies.
 
     `memory_mb` bounds what experts, their inputs and outputs use together in the child; `max_sessions` how many stay
-    loaded; `nice` is added to the child's niceness; `variant` is another way to compute, of `sessions.VARIANTS`. The
+    loaded; `nice` is added to the child's niceness; `variant` is another way to compute, of `sessions.VARIANTS`;
+    `threads` compute one task; `providers` are execution providers in the order of preference, the CPU's coming last. The
     child dies with the thread that runs the event loop.
     """
 
-    def __init__(self, *, memory_mb: int = 512, max_sessions: int = 16, nice: int = 0, variant: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        memory_mb: int = 512,
+        max_sessions: int = 16,
+        nice: int = 0,
+        variant: str = "",
+        threads: int = 1,
+        providers: Sequence[str] = (CPU,),
+    ) -> None:
         if memory_mb < 1 or max_sessions < 1:
             raise ConfigError(f"memory_mb and max_sessions must be at least 1, got {memory_mb} and {max_sessions}")
-        self._settings = (memory_mb, max_sessions, nice, variant)
+        self._settings = (memory_mb, max_sessions, nice, variant, threads, ",".join(providers))
         self._max_bytes = memory_mb << 20
         self._lock = asyncio.Lock()
         self._worker: _Worker | None = None
         self._ending: list[_Worker] = []
         self._closed = False
+        self.provider = CPU
 
     @property
     def pid(self) -> int | None:
@@ -158,6 +173,18 @@ class Runner:
         """Start the child ahead of the first task. Raises ConfigError, UnavailableError."""
         async with self._lock:
             await self._ready_worker()
+
+    async def answers(self) -> bool:
+        """Whether the child answers. One at work does: it is killed when its time is over."""
+        if self._lock.locked():
+            return True
+        nobody = ExpertFile(b"", Path())
+        try:
+            async with self._lock:
+                kind, _ = await self._call(nobody, framing.encode(framing.RUN, [nobody.digest]), ANSWER_TIMEOUT_S)
+        except BmoeError:
+            return False
+        return kind == framing.ABSENT
 
     async def load(self, expert: ExpertFile, *, timeout_s: float = LOAD_TIMEOUT_S) -> None:
         """Load an expert ahead of its first task. Raises ModelError, InferenceError as `run` does."""
@@ -246,6 +273,7 @@ class Runner:
         except BaseException:
             self._abandon(restart=False)
             raise
+        self.provider = worker.provider
         return worker
 
     async def _replace(self, worker: _Worker) -> str:
@@ -276,7 +304,7 @@ def child_environment() -> dict[str, str]:
     kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "PYTHONHOME", "PYTHONPATH") if name in os.environ}
     if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):  # a checkout that nobody installed
         kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), kept.get("PYTHONPATH")]))
-    single = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
+    single = {name: "1" for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")} | ENVIRONMENT
     return kept | single | {"ORT_DISABLE_TELEMETRY": "1", "PYTHONSAFEPATH": "1"}
 
 

@@ -15,7 +15,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 import numpy as np
 import onnxruntime
 
-from bmoe.inference import framing
+from bmoe.inference import framing, providers
 from bmoe.protocol.errors import InferenceError, InputError, MessageError, ModelError
 from bmoe.protocol.tensors import MAX_DIMS, tensor_bytes
 
@@ -25,7 +25,7 @@ DTYPES = {
     "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
 }  # fmt: skip
 LITTLE_ENDIAN = {name: np.dtype(name).newbyteorder("<") for name in DTYPES.values()}
-PROVIDERS = ["CPUExecutionProvider"]
+PROVIDERS = [providers.CPU]
 # Graph optimisations, threads, precise INT8. Tasks are run with the first; the last shows what INT8 loses without it.
 VARIANTS = {
     "": ("ENABLE_ALL", 1, "1"),
@@ -72,15 +72,15 @@ def read_model(path: str, digest: bytes, max_bytes: int) -> bytes:
     return data
 
 
-def session_options(variant: str = "") -> onnxruntime.SessionOptions:
+def session_options(variant: str = "", threads: int = 1) -> onnxruntime.SessionOptions:
     """Options under which equal inputs give equal bytes, and memory goes back when a run is over.
 
     `variant`: one of VARIANTS, other honest ways to compute the same, from whose differences a tolerance is measured.
     """
-    level, threads, precise = VARIANTS[variant]
+    level, least, precise = VARIANTS[variant]
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, f"ORT_{level}")
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = max(least, threads)
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.enable_cpu_mem_arena = False
@@ -92,10 +92,16 @@ def session_options(variant: str = "") -> onnxruntime.SessionOptions:
     return options
 
 
-def open_expert(data: bytes, variant: str = "") -> Expert:
-    """A session over the bytes of a model. Raises ModelError, MemoryError."""
+def open_expert(data: bytes, variant: str = "", threads: int = 1, wanted: Sequence[str] = PROVIDERS) -> Expert:
+    """A session over the bytes of a model, on the first of the wanted providers that can be had.
+
+    Raises ModelError, MemoryError.
+    """
+    names = providers.present(wanted, onnxruntime.get_available_providers())
     try:
-        session = onnxruntime.InferenceSession(data, session_options(variant), providers=PROVIDERS)
+        session = onnxruntime.InferenceSession(
+            data, session_options(variant, threads), providers=providers.with_options(names)
+        )
     except MemoryError:
         raise
     except Exception as error:  # onnxruntime's errors share no base class of their own

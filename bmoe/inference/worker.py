@@ -20,7 +20,7 @@ from io import BufferedRWPair
 
 import numpy as np
 
-from bmoe.inference import framing, sessions
+from bmoe.inference import framing, providers, sessions
 from bmoe.protocol.errors import BmoeError, InferenceError
 
 PR_SET_PDEATHSIG, PR_SET_NO_NEW_PRIVS = 1, 38
@@ -34,11 +34,18 @@ Reply = tuple[int, list[bytes]]
 class Cache:
     """The loaded experts by digest, the longest unused one first."""
 
-    def __init__(self, max_sessions: int, max_bytes: int, variant: str = "") -> None:
+    def __init__(
+        self,
+        max_sessions: int,
+        max_bytes: int,
+        variant: str = "",
+        threads: int = 1,
+        wanted: Sequence[str] = sessions.PROVIDERS,
+    ) -> None:
         self.experts: OrderedDict[bytes, sessions.Expert] = OrderedDict()
         self.max_sessions = max_sessions
         self.max_bytes = max_bytes
-        self.variant = variant
+        self.ways = (variant, threads, wanted)
         self.seen: set[bytes] = set()
 
     def answer(self, kind: int, digest: bytes, parts: Sequence[np.ndarray] | None) -> Reply:
@@ -60,7 +67,7 @@ class Cache:
         while len(self.experts) >= self.max_sessions:
             self.experts.popitem(last=False)
         self.seen.add(digest)
-        self.experts[digest] = sessions.open_expert(sessions.read_model(path, digest, self.max_bytes), self.variant)
+        self.experts[digest] = sessions.open_expert(sessions.read_model(path, digest, self.max_bytes), *self.ways)
 
 
 def reply_to(cache: Cache, kind: int, digest: bytes, parts: Sequence[np.ndarray] | None) -> Reply:
@@ -118,7 +125,8 @@ def skip(stream: BufferedRWPair, size: int) -> None:
 
 def serve(stream: BufferedRWPair, cache: Cache) -> None:
     """Answer requests until the runner closes its end."""
-    send(stream, framing.READY, [sessions.onnxruntime.__version__.encode()])
+    provider = providers.present(cache.ways[2], sessions.onnxruntime.get_available_providers())[0]
+    send(stream, framing.READY, [sessions.onnxruntime.__version__.encode(), provider.encode()])
     while (request := read_request(stream)) is not None:
         send(stream, *reply_to(cache, *request))
         del request  # waiting for the next one, hold nothing of this
@@ -139,12 +147,15 @@ def die_with_parent(parent: int) -> None:
         os._exit(0)
 
 
-def limit_resources(max_bytes: int) -> None:
-    """Bound what the experts may add to the memory in use now. RLIMIT_AS would count code mapped but never touched."""
+def limit_resources(max_bytes: int, bounded: bool = True) -> None:
+    """Bound what the experts may add to the memory in use now. RLIMIT_AS would count code mapped but never touched.
+
+    Not `bounded` where a GPU's driver maps far more than it uses: there the service's own limit must do.
+    """
     with open("/proc/self/status") as status:
         used = next(int(line.split()[1]) << 10 for line in status if line.startswith("VmData"))
     for what, limit in (
-        (resource.RLIMIT_DATA, used + max_bytes),
+        *([(resource.RLIMIT_DATA, used + max_bytes)] if bounded else []),
         (resource.RLIMIT_FSIZE, MAX_LOG_BYTES),
         (resource.RLIMIT_CORE, 0),
     ):
@@ -162,11 +173,12 @@ def main() -> None:
         signal.signal(ignored, signal.SIG_IGN)
     die_with_parent(parent)
     os.nice(nice)
-    limit_resources(memory_mb << 20)
+    variant, threads, wanted = sys.argv[5], int(sys.argv[6]), sys.argv[7].split(",")
+    limit_resources(memory_mb << 20, all(name in providers.BOUNDED for name in wanted))
     stream = socket.socket(fileno=0).makefile("rwb", PIECE_BYTES)
     assert isinstance(stream, BufferedRWPair)
     with contextlib.suppress(OSError):  # the runner is gone
-        serve(stream, Cache(max_sessions, memory_mb << 20, sys.argv[5]))
+        serve(stream, Cache(max_sessions, memory_mb << 20, variant, threads, wanted))
     os._exit(0)  # nothing here needs the interpreter's slow farewell
 
 

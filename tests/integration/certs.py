@@ -12,6 +12,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+FAR_END = "10.231.77.1"  # of lossy_wire.py
+
 
 @dataclass(frozen=True)
 class Authority:
@@ -39,12 +41,13 @@ def make_authority(folder: Path, name: str = "test authority") -> Authority:
 
 
 def issue(authority: Authority, name: str, *, server: bool = False) -> tuple[Path, Path]:
-    """Certificate and key files of subject CN=`name`; a server's is also valid for localhost, 127.0.0.1 and ::1."""
+    """Certificate and key files of subject CN=`name`; a server's is also valid for localhost, 127.0.0.1, ::1 and
+    the far end of a lossy wire."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     builder = _builder(subject, authority.certificate.subject, key, is_ca=False)
     if server:
-        addresses = [x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "::1")]
+        addresses = [x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "::1", FAR_END)]
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), *addresses]), False)
     certificate = builder.sign(authority.key, hashes.SHA256())
     cert_file, key_file = authority.folder / f"{name}.crt", authority.folder / f"{name}.key"

@@ -53,17 +53,17 @@ class FleetServer:
         (self.blobs / digest.hex()).write_bytes(blob)
         return digest
 
-    def token(self, name: str | None = None, ttl_s: int = 600) -> str:
+    def token(self, name: str | None = None, ttl_s: int = 600, ago_s: int = 0) -> str:
         import time
 
-        token, secret = self.tokens.create(name, "acme", "", ttl_s, int(time.time() * 1000))
+        token, secret = self.tokens.create(name, "acme", "", ttl_s, int((time.time() - ago_s) * 1000))
         pin = hashlib.sha256(self.authority.certificate.public_bytes(Encoding.DER)).digest()
         return JoinToken(self.url, token, secret, pin).text()
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[FleetServer]:
+    async def running(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[FleetServer]:
         key = load_or_create_key(self.folder / "server.key")
-        pem = self.authority.issue_infrastructure("bmoe-server", key.public_key(), ["127.0.0.1"])
+        pem = self.authority.issue_infrastructure("bmoe-server", key.public_key(), [host])
         (self.folder / "server.pem").write_bytes(pem)
         files = TlsFiles(self.folder / "server.pem", self.folder / "server.key", self.folder / "ca.pem")
         fleet = Fleet(
@@ -71,8 +71,8 @@ class FleetServer:
             self.registrar.public_key, self.ledger.ledger, self.ledger.epoch, ("127.0.0.1", 1883),
             lambda *args, **facts: None,
         )  # fmt: skip
-        async with fleet_serving(self._watched(make_app(fleet)), "127.0.0.1", 0, server_tls(files)) as port:
-            self.url = f"https://127.0.0.1:{port}"
+        async with fleet_serving(self._watched(make_app(fleet)), host, port, server_tls(files)) as port:
+            self.url = f"https://{host}:{port}"
             yield self
         self.tokens.close()
 

@@ -48,8 +48,7 @@ async def test_a_kept_output_is_there_after_a_restart_and_unreported_ones_are_kn
 
     again = opened()
     assert await again.message(task(2)) == b"output 2"
-    assert again.unreported(0) == [task(0), task(2)]
-    assert again.unreported(soon + 1) == [task(2)], "nobody waits for the other any more"
+    assert again.unreported() == [task(0), task(2)]
     assert await again.message(task(9)) is None
 
 
@@ -134,6 +133,69 @@ async def test_a_full_outbox_forgets_the_earliest_deadline_and_raises_the_floor_
     assert opened(count=count, size=size).floor_ms == base + 4, "not even a restart lets a forgotten task in again"
 
 
+async def test_an_hour_of_outage_loses_no_signed_output_and_what_the_broker_has_makes_room(opened: Open) -> None:
+    outbox, hour = opened(age_ms=7 * 24 * 3_600_000, count=15), 3_600_000
+    soon = now_ms() + 5000
+    for number in range(10):
+        await outbox.keep(task(number), soon + number, b"%d" % number)
+    for number in range(5):
+        outbox.mark_reported(task(number))
+    await outbox.tidy(now_ms() + hour)
+    assert outbox.unreported() == [task(number) for number in range(5, 10)] and not outbox.has(task(0))
+    for number in range(10, 20):
+        await outbox.keep(task(number), soon + hour + number, b"%d" % number)
+    outbox.mark_reported(task(19))
+    await outbox.keep(task(20), soon + hour, b"20")
+    assert not outbox.has(task(19)), "what the broker has goes first, however late its deadline"
+    assert outbox.unreported() == [*map(task, range(5, 19)), task(20)]
+    assert outbox.floor_ms == soon + hour + 19
+    await outbox.close()
+    again = opened(age_ms=7 * 24 * hour)
+    assert again.unreported() == [*map(task, range(5, 19)), task(20)] and await again.message(task(7)) == b"7"
+    await again.tidy(soon + 8 * 24 * hour)
+    assert again.unreported() == []
+
+
+async def test_the_file_of_an_earlier_schema_is_taken_over(opened: Open, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / "outbox.db") as db:
+        db.executescript(
+            "CREATE TABLE output (task BLOB PRIMARY KEY, deadline_ms INTEGER NOT NULL, reported INTEGER NOT NULL,"
+            " message BLOB NOT NULL);"
+            "CREATE TABLE fact (name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID; PRAGMA user_version = 1;"
+        )
+        db.execute("INSERT INTO output VALUES (?, ?, 1, ?)", (task(1), now_ms() + 5000, b"reported"))
+        db.execute("INSERT INTO output VALUES (?, ?, 0, ?)", (task(2), now_ms() + 5000, b"not yet"))
+        db.executemany("INSERT INTO fact VALUES (?, ?)", [("seq", 12345), ("floor_ms", 678)])
+    db.close()
+    outbox = opened()
+    assert outbox.unreported() == [task(2)] and await outbox.message(task(1)) == b"reported"
+    assert outbox.next_seq() == 12346 and outbox.floor_ms == 678
+    await outbox.keep(task(3), now_ms() + 5000, b"new")
+    await outbox.close()
+    assert await opened().message(task(3)) == b"new"
+
+
+async def test_a_floor_that_could_not_be_written_is_written_the_next_time(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outbox = opened(age_ms=1000)
+    deadline = now_ms() - 2000
+    await outbox.keep(task(1), deadline, b"old")
+    commit = outbox._commit
+
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(outbox, "_commit", full)
+    with pytest.raises(UnavailableError):
+        await outbox.tidy(now_ms())
+    assert outbox.has(task(1)) and outbox.floor_ms == deadline, "not admitted again even so"
+    monkeypatch.setattr(outbox, "_commit", commit)
+    await outbox.tidy(now_ms())
+    await outbox.close()
+    assert opened(age_ms=1000).floor_ms == deadline
+
+
 async def test_what_is_past_its_age_is_forgotten_and_the_floor_says_so(opened: Open) -> None:
     outbox = opened(age_ms=1000)
     await outbox.keep(task(1), now_ms() - 2000, b"old")
@@ -215,11 +277,21 @@ async def test_what_could_not_be_reported_is_reported_when_the_link_is_back_and_
     for number in range(3):
         await outbox.keep(task(number), now_ms() + 5000, b"%d" % number)
         assert not await reporter.report(task(number), b"%d" % number)
-    await outbox.keep(task(7), now_ms() - 60_000, b"nobody waits for this")
+    await outbox.keep(task(7), now_ms() - 3_600_000, b"an hour late")
     wire.up = True
-    await reporter.catch_up(now_ms())
-    assert wire.sent == [b"0", b"1", b"2"] and reported == [task(0), task(1), task(2)]
-    await reporter.catch_up(now_ms())
-    assert len(wire.sent) == 3
+    await reporter.catch_up()
+    assert sorted(wire.sent) == [b"0", b"1", b"2", b"an hour late"] and len(reported) == 4
+    await reporter.catch_up()
+    assert len(wire.sent) == 4
     await reporter.again(task(1))
-    assert wire.sent[3:] == [b"1"], "a coordinator that asks again gets the same bytes"
+    assert wire.sent[4:] == [b"1"], "a coordinator that asks again gets the same bytes"
+
+
+async def test_after_an_outage_a_full_outbox_is_delivered_the_newest_first(opened: Open) -> None:
+    outbox, wire = opened(count=1000), Wire()
+    reporter = Reporter(wire, "bmoe/v1/pi-1/output", outbox, lambda task: None)
+    soon = now_ms() + 5000
+    await asyncio.gather(*(outbox.keep(task(number), soon, b"%d" % number) for number in range(100)))
+    await reporter.catch_up()
+    assert {int(sent) for sent in wire.sent[:16]} == set(range(84, 100)) and len(wire.sent) == 100
+    assert outbox.unreported() == []

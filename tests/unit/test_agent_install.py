@@ -1,0 +1,125 @@
+"""Installing into a tree: what stands where, what is refused in one line, and that no copy of the token is left."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from test_agent_join import TOKEN
+
+from bmoe.protocol.errors import ConfigError
+from edge_agent import cli
+from edge_agent.config import load_settings
+from edge_agent.install import install, take_token
+
+SECRET = TOKEN.text()
+COPIES = {
+    "boot/firmware/user-data": f"#cloud-config\nruncmd:\n  - [bmoe-agent, join, {SECRET}]\n",
+    "boot/firmware/firstrun.sh": f"#!/bin/sh\nTOKEN={SECRET}\n",
+    "var/lib/cloud/instances/pi/user-data.txt": f"token: '{SECRET}'\n",
+    "var/lib/cloud/instances/pi/obj.pkl": f"\x80\x04pickle {SECRET}.",
+    "run/cloud-init/instance-data-sensitive.json": f'{{"userdata": "{SECRET}"}}',
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An image's tree as it is at the first boot."""
+    root = tmp_path / "root"
+    boot = root / "boot/firmware/bmoe"
+    boot.mkdir(parents=True)
+    (boot / "token").write_text(SECRET + "\n")
+    (boot / "name").write_text("kitchen-pi\n")
+    (boot / "agent.toml").write_text("queue_limit = 8\n")
+    (boot / "issued_at").write_text("1790000000\n")
+    (root / "etc").mkdir()
+    (root / "etc/group").write_text("root:x:0:\nvideo:x:44:\ndialout:x:20:\n")
+    for name, text in COPIES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def installed(root: Path, board: str | None = None) -> list[str]:
+    return list(install(root, source=root / "boot/firmware/bmoe", board=board, program=None))
+
+
+def test_a_first_boots_folder_becomes_state_units_and_nothing_else(root: Path) -> None:
+    installed(root)
+    state = root / "var/lib/bmoe-agent"
+    assert (state / "join/token").read_text() == SECRET + "\n" and (state / "join/name").read_text() == "kitchen-pi\n"
+    assert (state / "clock").read_text() == "1790000000\n"
+    assert state.stat().st_mode & 0o777 == 0o700
+    assert (state / "join/token").stat().st_mode & 0o777 == 0o600
+    assert load_settings(state=state).queue_limit == 8
+    unit = (root / "etc/systemd/system/bmoe-agent.service").read_text()
+    assert "\nExecStart=/opt/bmoe/bin/bmoe-agent run\n" in unit and "Type=notify" in unit
+    link = root / "etc/systemd/system/multi-user.target.wants/bmoe-agent.service"
+    assert link.is_symlink() and link.resolve() == (root / "etc/systemd/system/bmoe-agent.service").resolve()
+
+
+def test_no_copy_of_the_token_is_left_and_other_bytes_are_untouched(root: Path) -> None:
+    installed(root)
+    assert not (root / "boot/firmware/bmoe/token").exists()
+    for name, text in COPIES.items():
+        assert (root / name).read_text() == text.replace(SECRET, "x" * len(SECRET))
+    left = [path for path in root.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert left == [root / "var/lib/bmoe-agent/join/token"]
+
+
+def test_doing_it_again_changes_nothing_and_keeps_own_settings(root: Path) -> None:
+    installed(root)
+    (root / "boot/firmware/bmoe/agent.toml").unlink()
+    (root / "var/lib/bmoe-agent/agent.toml").write_text("queue_limit = 3\n")
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    installed(root)
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
+
+
+def test_a_board_that_needs_none_is_installed_without_a_token(tmp_path: Path) -> None:
+    steps = list(install(tmp_path, source=None, board=None, program=None))
+    assert not [step for step in steps if step.startswith("token")] and take_token(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("token", "hello", "token: a join token begins with"),
+        ("token", SECRET[:-4], "token"),
+        ("agent.toml", "queue_limt = 8\n", "queue_limt"),
+        ("agent.toml", "queue_limit = [", "agent.toml cannot be read"),
+        ("issued_at", "yesterday", "expected seconds since 1970"),
+    ],
+)
+def test_what_is_wrong_on_the_card_is_one_line_and_leaves_the_token(
+    root: Path, name: str, text: str, says: str
+) -> None:
+    (root / "boot/firmware/bmoe" / name).write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        installed(root)
+    assert (root / "boot/firmware/bmoe/token").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--board", "commodore-64"), "there is no board 'commodore-64'; there are: "),
+        (("--program", "/home/pi/venv/bin/bmoe-agent"), "the service has no sight of /home/pi"),
+        (("--program", "bin/bmoe-agent"), "absolute path"),
+    ],
+)
+def test_a_wrong_command_is_one_line(
+    root: Path, words: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run_command(["install", "--root", str(root), *words]) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+def test_a_token_put_on_the_card_later_is_taken_by_itself(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run_command(["install", "--root", str(root), "--token"]) == 0
+    assert "token taken from" in capsys.readouterr().out
+    assert (root / "var/lib/bmoe-agent/join/token").exists() and not (root / "etc/systemd").exists()
+    assert cli.run_command(["install", "--root", str(root), "--token"]) == 0
+    assert "no token" in capsys.readouterr().out
