@@ -23,7 +23,7 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 TEST_TOOLS := .test-tools
 
-.PHONY: help mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
+.PHONY: help deb test-3.10 mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -38,6 +38,8 @@ help:
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
+	@echo "make deb           the agent as Debian packages, arm64 and amd64, with all that it needs inside"
+	@echo "make test-3.10     the unit tests of agent, protocol, rules and inference on Python 3.10"
 	@echo "make lint          ruff, mypy and the import contract"
 	@echo "make check-all     everything"
 
@@ -143,6 +145,10 @@ fuzz: $(VENV_FUZZ)/.ready
 soak: $(VENV)/.ready
 	@for seed in $$(seq 1 20); do \
 	  $(BIN)/python -m benchmarks.demo --plain --seed $$seed | tail -n 1 || { echo "seed $$seed failed"; exit 1; }; done
+
+deb: $(VENV)/.ready
+	$(BIN)/python firmware_configs/deb/build.py --arch arm64
+	$(BIN)/python firmware_configs/deb/build.py --arch amd64
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, StringConstraints, ValidationError, field_validator
+from pydantic import Field, StringConstraints, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from bmoe.protocol.errors import ConfigError
@@ -66,18 +66,13 @@ class AgentSettings(BaseSettings):
     source_file_bytes: int = Field(8 * MIB, ge=1, description="Largest file that is taken from a watched folder.")
     source_queue_count: int = Field(4096, ge=1, description="Local answers kept on disk to be verified.")
     source_queue_bytes: int = Field(64 * MIB, ge=1024, description="Bytes of the local answers kept.")
-    temperature_file: Path = Field(
-        Path("/sys/class/thermal/thermal_zone0/temp"), description="Where the kernel tells the board's temperature."
+    temperature_file: str = Field(
+        "/sys/class/thermal/thermal_zone0/temp",
+        pattern="^/",
+        description="Where the kernel tells the board's temperature.",
     )
     log_format: str = Field("text", pattern="^(text|json)$", description="Form of the log: text, or json.")
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$", description="Least severity logged.")
-
-    @field_validator("temperature_file")
-    @classmethod
-    def _absolute(cls, path: Path) -> Path:
-        if not path.is_absolute():
-            raise ValueError("expected an absolute path")
-        return path
 
     @classmethod
     def settings_customise_sources(

@@ -74,16 +74,14 @@ async def _until_enrolled(state: Path, stop: asyncio.Event) -> None:
         try:
             return await _enrol(state, token, force=False)
         except UnavailableError as error:
-            kind, reason, limits = type(error).__name__, str(error), WAIT_S
-            name = "enrolment_waits"
+            kind, line, limits = type(error).__name__, event("enrolment_waits", reason=error), WAIT_S
         except (RefusedError, InputError, ConfigError) as error:
-            kind, reason, limits = type(error).__name__, str(error), REFUSED_S
-            name = "enrolment_refused"
+            kind, line, limits = type(error).__name__, event("enrolment_refused", reason=error), REFUSED_S
         again = kind == said and token == tried
         pause_s = min(2 * pause_s, limits[1]) if again else limits[0]
         if not again:  # one line for each cause, however long it lasts
-            log.warning(event(name, reason=reason))
-            notify(STATUS=f"not enrolled: {reason}")
+            log.warning(line)
+            notify(STATUS=f"not enrolled: {line.facts['reason']}")
         said, tried = kind, token
         await _pause(min(pause_s, WAIT_S[0]) if kind == "ClockError" else pause_s, stop, token_file(state))
 

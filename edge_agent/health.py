@@ -31,14 +31,14 @@ class Gauge:
     """Reads the board's state; CPU use is that since the reading before."""
 
     root: Path = Path("/")
-    temperature: Path = Path("/sys/class/thermal/thermal_zone0/temp")
+    temperature: str = "/sys/class/thermal/thermal_zone0/temp"
     _before: tuple[int, int] | None = field(default=None, init=False)
 
     def read(self) -> dict[int, int]:
         """Health header key -> value, of what could be read: percent, thousandths of a degree C, MB, firmware bits."""
         found = {
             CPU_PERCENT: self._cpu_percent(),
-            TEMPERATURE_MC: _number(_read(self.root / self.temperature.relative_to("/"))),
+            TEMPERATURE_MC: _number(_read(self.root / self.temperature.lstrip("/"))),
             MEMORY_FREE_MB: _meminfo(self.root, "MemAvailable"),
             THROTTLED: _number(_read(self.root / THROTTLED_FILE), base=16),
         }

@@ -122,7 +122,10 @@ def _verdict(verdict: AuditedVerdict) -> dict[str, Any]:
         "outcome": entry.outcome,
         "accepted_from": verdict.accepted_from or None,
         "referee": verdict.referee or None,
-        "agents": [{"agent": a, "owner": o, "stance": STANCES.get(s, s)} for a, o, s in verdict.agents],
+        "agents": [
+            {"agent": a, "owner": o, "stance": STANCES.get(s, s), "provider": provider}
+            for (a, o, s), provider in zip(verdict.agents, verdict.providers, strict=True)
+        ],
         "value": [_tensor(t) for t in verdict.value] if verdict.value is not None else None,
     }
 
@@ -151,7 +154,9 @@ def lines(facts: dict[str, Any]) -> list[str]:
         accepted = f"accepts the value of {verdict['accepted_from']}" if verdict["accepted_from"] else "accepts nothing"
         found.append(f"verdict on task {verdict['task']} (leaf {verdict['leaf']}): {verdict['outcome']}, {accepted}")
         found.append(f"  policy      {verdict['policy']}, expert {verdict['expert'][:16]}, {verdict['rows']} rows")
-        found += [f"  agent       {a['agent']} of {a['owner']}: {a['stance']}" for a in verdict["agents"]]
+        found += [
+            f"  agent       {a['agent']} of {a['owner']}: {a['stance']}, on {a['provider']}" for a in verdict["agents"]
+        ]
         if verdict["referee"]:
             found.append(f"  referee     {verdict['referee']} executed it again")
         found += [f"  value       {_tensor_line(t)}" for t in verdict["value"] or ()]

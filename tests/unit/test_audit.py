@@ -43,7 +43,9 @@ def test_audit_command_tells_what_was_verified(
         assert words in told
     assert audit([str(receipt), "--trust", str(trust), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["verdicts"][0]["agents"][0] == {"agent": "agent-1", "owner": "owner-agent-1", "stance": "agrees"}
+    assert facts["verdicts"][0]["agents"][0] == {
+        "agent": "agent-1", "owner": "owner-agent-1", "stance": "agrees", "provider": "CPUExecutionProvider",
+    }  # fmt: skip
     (receipt.parent / "trust.json").write_text(trust.read_text())
     assert audit([str(receipt)]) == 0
 

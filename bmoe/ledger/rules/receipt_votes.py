@@ -21,6 +21,7 @@ from bmoe.protocol.tensors import Tensor
 class AuditedVerdict:
     """One verdict as verified: (agent, owner, stance letter) for each output, and the value that it accepts.
 
+    `providers`: on which execution provider each of those agents says, signed, to have computed.
     `referee` and `accepted_from` are member names or empty; `value` is None where openings are absent.
     """
 
@@ -30,6 +31,7 @@ class AuditedVerdict:
     referee: str
     accepted_from: str
     value: tuple[Tensor, ...] | None
+    providers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def check_vote(signed: SignedVerdict, statements: Statements, openings: dict[byt
     agents = tuple((s.header.author, o, c) for s, o, c in zip(signed.outputs, owners, entry.stances, strict=True))
     referee = signed.referee.header.author if signed.referee else ""
     chosen = sealed[accepted].header.author if accepted is not None else ""
-    return AuditedVerdict(entry, signed.index, agents, referee, chosen, value)
+    providers = tuple(s.header.provider for s in signed.outputs)
+    return AuditedVerdict(entry, signed.index, agents, referee, chosen, value, providers)
 
 
 def _accepted_index(signed: SignedVerdict) -> int | None:
