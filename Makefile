@@ -133,6 +133,20 @@ FLEET_TESTS := attacks attacks_collusion attacks_join faults identity_fleet sens
 test-mosquitto: $(VENV)/.ready mosquitto
 	BMOE_TEST_BROKER=mosquitto $(BIN)/python -m pytest $(FLEET_TESTS:%=tests/integration/test_%.py) $(TEST_FLAGS)
 
+# JetPack 6 has Python 3.10, for which onnxruntime ends with 1.23: what runs on a board must run there.
+VENV_310 := .venv-3.10
+TESTS_310 := agent_admit agent_board agent_complain agent_install agent_logs agent_outbox agent_systemd checkpoint combine \
+  commitments encoding envelope golden inference inference_faults keys manifest merkle messages policies providers rules_answers \
+  rules_claims rules_complaints rules_credit rules_fold rules_membership rules_replay rules_verdicts source source_folder standing \
+  tensors tlog_proof topics voting wycheproof
+$(VENV_310)/.ready: pyproject.toml
+	python3.10 -m venv $(VENV_310)
+	$(VENV_310)/bin/pip install $(PIP_FLAGS) -e '.[agent]' hypothesis pytest pytest-asyncio pytest-timeout
+	@touch $@
+
+test-3.10: $(VENV_310)/.ready
+	$(VENV_310)/bin/python -m pytest $(TESTS_310:%=tests/unit/test_%.py)
+
 test-train: $(VENV_TRAIN)/.ready
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(VENV_TRAIN)/bin/python -m pytest tests/train
 

@@ -1,6 +1,6 @@
 """Builds the Debian package of the agent: `python firmware_configs/deb/build.py --arch arm64`, with pip and dpkg-deb.
 
-All libraries are inside, unpacked from their wheels, so that installing needs neither network nor pip. What is compiled for one
+All libraries are inside, unpacked from their wheels: installing needs neither network nor pip. What is compiled for one
 Python lies in a folder of its own (`cp311`), everything else in `any`; the launcher picks by the Python that it finds.
 """
 
@@ -84,7 +84,7 @@ def pip(*words: str) -> None:
 def unpack(wheel: Path, library: Path, python: str) -> None:
     """A wheel's files into the folder of its Python, or into `any` where every Python 3 may load it."""
     _, _, interpreter, abi, _ = re.sub(r"(-\d[^-]*)-\d[^-]*(-[^-]+-[^-]+-[^-]+)$", r"\1\2", wheel.stem).split("-")
-    shared = abi in ("none", "abi3") and not re.fullmatch(r"cp3\d+", interpreter) or abi == "abi3"
+    shared = abi == "abi3" or (abi == "none" and not re.fullmatch(r"cp3\d+", interpreter))
     folder = library / ("any" if shared else f"cp{python.replace('.', '')}")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():

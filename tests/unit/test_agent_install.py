@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
-from test_agent_join import TOKEN
 
 from bmoe.protocol.errors import ConfigError
+from bmoe.storage.packaged import packaged
 from edge_agent import cli
 from edge_agent.config import load_settings
-from edge_agent.install import install, take_token
+from edge_agent.install import install, profile, take_token
+from edge_agent.join_token import JoinToken
 
-SECRET = TOKEN.text()
+SECRET = JoinToken("https://192.168.1.10:8443", b"t" * 8, b"s" * 16, b"p" * 32).text()
 COPIES = {
     "boot/firmware/user-data": f"#cloud-config\nruncmd:\n  - [bmoe-agent, join, {SECRET}]\n",
     "boot/firmware/firstrun.sh": f"#!/bin/sh\nTOKEN={SECRET}\n",
@@ -123,3 +126,27 @@ def test_a_token_put_on_the_card_later_is_taken_by_itself(root: Path, capsys: py
     assert (root / "var/lib/bmoe-agent/join/token").exists() and not (root / "etc/systemd").exists()
     assert cli.run_command(["install", "--root", str(root), "--token"]) == 0
     assert "no token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("board", sorted(path.stem for path in packaged("firmware_configs", "boards").glob("*.toml")))
+def test_each_boards_profile_becomes_settings_and_units_that_keep_to_their_exposure(
+    root: Path, board: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known = profile(board)
+    installed(root, board)
+    settings = load_settings(state=root / "var/lib/bmoe-agent")
+    assert settings.memory_mb == known["agent"]["memory_mb"] and settings.queue_limit == 8, "what was given counts"
+    assert list(settings.providers) == known["onnxruntime"]["providers"]
+    drop_in = root / f"etc/systemd/system/bmoe-agent.service.d/50-{known['systemd']}.conf"
+    assert drop_in.exists() == (known["systemd"] != "cpu")
+    if drop_in.exists():
+        groups = re.findall(r"(?m)^SupplementaryGroups=(.*)$", drop_in.read_text())
+        assert groups in (["video"], ["dialout"]), "the unit would not start with a group that is not there"
+    watchdog = root / "etc/systemd/system.conf.d/50-bmoe-watchdog.conf"
+    assert watchdog.exists() == bool(known.get("watchdog", {}).get("timeout_s"))
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze: the exposure was not looked at")
+    words = ["systemd-analyze", "security", "--offline=true", f"--root={root}", "bmoe-agent.service"]
+    told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
+    exposure = re.search(r"Overall exposure level for bmoe-agent.service: ([\d.]+)", told)
+    assert exposure is not None and float(exposure[1]) <= (1.5 if known["systemd"] == "cpu" else 2.0), told
