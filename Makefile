@@ -23,7 +23,7 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 TEST_TOOLS := .test-tools
 
-.PHONY: help deb test-3.10 mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
+.PHONY: help deb test-oldest mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -39,7 +39,7 @@ help:
 	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
 	@echo "make deb           the agent as Debian packages, arm64 and amd64, with all that it needs inside"
-	@echo "make test-3.10     the unit tests of agent, protocol, rules and inference on Python 3.10"
+	@echo "make test-oldest   the unit tests of agent, protocol, rules and inference on Python 3.10"
 	@echo "make lint          ruff, mypy and the import contract"
 	@echo "make check-all     everything"
 
@@ -144,7 +144,7 @@ $(VENV_310)/.ready: pyproject.toml
 	$(VENV_310)/bin/pip install $(PIP_FLAGS) -e '.[agent]' hypothesis pytest pytest-asyncio pytest-timeout
 	@touch $@
 
-test-3.10: $(VENV_310)/.ready
+test-oldest: $(VENV_310)/.ready
 	$(VENV_310)/bin/python -m pytest $(TESTS_310:%=tests/unit/test_%.py)
 
 test-train: $(VENV_TRAIN)/.ready

@@ -240,6 +240,8 @@ class Outbox:
         # The clock where nothing is known: numbers must not begin again when this file is lost or deleted.
         self._seq = self._reserved = facts.get("seq", now_ms)
         self.floor_ms = max(facts.get("floor_ms", 0), now_ms + AHEAD_MS if aside else 0)
+        with self._db:  # noted while its output was being forgotten: the number will be another's
+            self._db.execute("DELETE FROM reported WHERE number NOT IN (SELECT number FROM output)")
         self._commit([], [], [], self.floor_ms, self._seq + SEQUENCE_BLOCK)
         self._floor_on_disk = self.floor_ms
         for number, task, deadline_ms, size, reported in self._db.execute(

@@ -91,7 +91,7 @@ class Board:
 
 @pytest.fixture
 async def board(tmp_path: Path) -> AsyncIterator[Board]:
-    board = Board(tmp_path / "board")
+    board = Board(tmp_path / "own")
     yield board
     if board.process is not None and board.process.poll() is None:
         board.process.kill()

@@ -156,6 +156,17 @@ async def test_an_hour_of_outage_loses_no_signed_output_and_what_the_broker_has_
     assert again.unreported() == []
 
 
+async def test_a_note_without_its_output_marks_no_later_one(opened: Open, tmp_path: Path) -> None:
+    await opened().close()
+    with sqlite3.connect(tmp_path / "outbox.db") as db:
+        db.executemany("INSERT INTO reported VALUES (?)", [(number,) for number in range(1, 10)])
+    db.close()
+    outbox = opened()
+    await outbox.keep(task(1), now_ms() + 5000, b"not acknowledged")
+    await outbox.close()
+    assert opened().unreported() == [task(1)]
+
+
 async def test_the_file_of_an_earlier_schema_is_taken_over(opened: Open, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / "outbox.db") as db:
         db.executescript(
