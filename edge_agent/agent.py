@@ -47,7 +47,7 @@ T = TypeVar("T")
 # Hashing more than this would make the loop late for others.
 LARGE_BYTES = 256 * 1024
 UPKEEP_S = 2.0
-TIDY_S = 10.0  # what is forgotten and noted is written together: each writing costs a card whole blocks
+TIDY_S = 5.0  # what is forgotten and noted is written together: each writing costs a card whole blocks
 ANSWERED_S = 60  # beyond the wait for a task's notice, in case a complaint needs the output
 FINISH_S = 2.0
 

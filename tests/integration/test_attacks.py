@@ -47,10 +47,10 @@ def https(fleet: LiveFleet, certificate: Path | None = None, key: Path | None = 
 
 
 def stored_outputs(fleet: LiveFleet, agent: str) -> list[bytes]:
-    """The output messages that an agent has sent: what somebody who listens on its wire would have."""
+    """The output messages that an agent has signed, in their order: what somebody who listens on its wire would have."""
     uri = f"file:{fleet.fleet.folder(agent) / 'outbox.db'}?mode=ro"
     with closing(sqlite3.connect(uri, uri=True)) as db:
-        return [message for (message,) in db.execute("SELECT message FROM output WHERE reported = 1 ORDER BY rowid")]
+        return [message for (message,) in db.execute("SELECT message FROM output ORDER BY number")]
 
 
 async def test_a_device_without_a_certificate_gets_no_word_in(fleet: LiveFleet) -> None:

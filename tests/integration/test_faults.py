@@ -10,7 +10,7 @@ import asyncio
 import os
 import signal
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import closing
 from pathlib import Path
 
@@ -109,7 +109,7 @@ async def test_a_killed_agent_sends_the_same_signed_bytes_again_and_stays_in_ser
         kept = _outbox(fleet.folder(name))
         assert any(not reported for reported, _ in kept.values()), "nothing to send again: nothing was shown"
         await fleet.restart(name)
-        await until(lambda: _reported(fleet, name), BACK_WITHIN_S, "the outputs kept are sent again")
+        await until(lambda: _reported(fleet, name, kept.keys()), BACK_WITHIN_S, "the outputs kept are sent again")
         await until(lambda: _online(gateway, name), BACK_WITHIN_S, "the agent online")
         await load.more(12, BACK_WITHIN_S)
     facts = await check_ledger(fleet.state)
@@ -275,8 +275,9 @@ async def _more_outputs(gateway: Gateway, count: int) -> bool:
     return (await gateway.ask("statistics"))["outputs"] >= count
 
 
-async def _reported(fleet: LocalFleet, name: str) -> bool:
-    return all(reported for reported, _ in _outbox(fleet.folder(name)).values())
+async def _reported(fleet: LocalFleet, name: str, tasks: Collection[bytes]) -> bool:
+    now = _outbox(fleet.folder(name))
+    return all(now[task][0] for task in tasks if task in now)
 
 
 async def _join(fleet: LocalFleet, spec: AgentSpec) -> None:
@@ -290,5 +291,7 @@ async def _join(fleet: LocalFleet, spec: AgentSpec) -> None:
 def _outbox(folder: Path) -> dict[bytes, tuple[bool, bytes]]:
     """What an agent has signed and kept, by task: whether the broker is known to have it, and the message."""
     with closing(sqlite3.connect(f"file:{folder / 'outbox.db'}?mode=ro", uri=True)) as db:
-        rows = db.execute("SELECT task, reported, message FROM output").fetchall()
+        rows = db.execute(
+            "SELECT task, reported.number IS NOT NULL, message FROM output LEFT JOIN reported USING (number)"
+        ).fetchall()
     return {task: (bool(reported), message) for task, reported, message in rows}
