@@ -13,10 +13,10 @@ import os
 from pathlib import Path
 
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError, RefusedError, UnavailableError
+from bmoe.protocol.join_token import parse_token
 from bmoe.protocol.threads import in_thread
 from edge_agent import clock
 from edge_agent.identity import Identity, identity_file, load_identity
-from edge_agent.join_token import parse_token
 from edge_agent.logs import event
 from edge_agent.systemd import notify
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from bmoe.protocol.errors import ConfigError, InputError
 from bmoe.protocol.files import write_durably
+from bmoe.protocol.join_token import parse_token
 from bmoe.storage.packaged import packaged
 from edge_agent import clock, enrol
 from edge_agent.config import SYSTEM_STATE, load_settings
-from edge_agent.join_token import parse_token
 
 PROGRAM = Path("/opt/bmoe/bin/bmoe-agent")
 UNITS = ("bmoe-agent.service", "bmoe-token.service")

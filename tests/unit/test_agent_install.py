@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.join_token import JoinToken
 from bmoe.storage.packaged import packaged
 from edge_agent import cli
 from edge_agent.config import load_settings
 from edge_agent.install import install, profile, take_token
-from edge_agent.join_token import JoinToken
 
 SECRET = JoinToken("https://192.168.1.10:8443", b"t" * 8, b"s" * 16, b"p" * 32).text()
 COPIES = {
