@@ -23,7 +23,7 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 TEST_TOOLS := .test-tools
 
-.PHONY: help deb test-oldest mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel fuzz soak check check-all lint clean
+.PHONY: help deb test-oldest mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel test-boards test-boot drift fuzz soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
@@ -36,6 +36,8 @@ help:
 	@echo "make test-mosquitto  the tests of whole fleets once more, with Mosquitto as broker"
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
+	@echo "make test-boards   emulated Raspberry Pi 3, 4 and 5 in a fleet with x86 agents (Debian, no root)"
+	@echo "make drift         measure anew how far boards and x86 are apart, into docs/results/drift.md"
 	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
 	@echo "make deb           the agent as Debian packages, arm64 and amd64, with all that it needs inside"
@@ -152,6 +154,13 @@ test-train: $(VENV_TRAIN)/.ready
 
 test-wheel: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/wheel
+
+# qemu-user and the boards' aarch64 packages are fetched into ~/.cache/bmoe/emulate once.
+test-boards: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/boards --timeout 600 --durations 5
+
+drift: $(VENV)/.ready
+	PYTHONPATH=. $(BIN)/python tests/boards/drift_table.py
 
 fuzz: $(VENV_FUZZ)/.ready
 	$(VENV_FUZZ)/bin/python tests/fuzz/run.py

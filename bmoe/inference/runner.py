@@ -56,7 +56,7 @@ class RunResult:
 class _Worker:
     """One life of the child process."""
 
-    def __init__(self, settings: Sequence[int | str]) -> None:
+    def __init__(self, python: str, settings: Sequence[int | str]) -> None:
         ours, theirs = socket.socketpair()
         self.log = os.memfd_create("bmoe-inference-log")
         self.link = ours
@@ -64,7 +64,7 @@ class _Worker:
         self.provider = CPU
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bmoe.inference.worker", str(os.getpid()), *map(str, settings)],
+                [python, "-m", "bmoe.inference.worker", str(os.getpid()), *map(str, settings)],
                 stdin=theirs.fileno(), stdout=self.log, stderr=self.log, cwd="/", env=child_environment(),
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent to act on
             )  # fmt: skip
@@ -140,8 +140,8 @@ class Runner:
 
     `memory_mb` bounds what experts, their inputs and outputs use together in the child; `max_sessions` how many stay
     loaded; `nice` is added to the child's niceness; `variant` is another way to compute, of `sessions.VARIANTS`;
-    `threads` compute one task; `providers` are execution providers in the order of preference, the CPU's coming last. The
-    child dies with the thread that runs the event loop.
+    `threads` compute one task; `providers` are execution providers in the order of preference, the CPU's coming last;
+    `python` the child's interpreter, ours by default. The child dies with the thread that runs the event loop.
     """
 
     def __init__(
@@ -153,10 +153,12 @@ class Runner:
         variant: str = "",
         threads: int = 1,
         providers: Sequence[str] = (CPU,),
+        python: str = "",
     ) -> None:
         if memory_mb < 1 or max_sessions < 1:
             raise ConfigError(f"memory_mb and max_sessions must be at least 1, got {memory_mb} and {max_sessions}")
         self._settings = (memory_mb, max_sessions, nice, variant, threads, ",".join(providers))
+        self._python = python or sys.executable
         self._max_bytes = memory_mb << 20
         self._lock = asyncio.Lock()
         self._worker: _Worker | None = None
@@ -267,7 +269,7 @@ class Runner:
         await self._end_all()
         if self._closed:
             raise UnavailableError("the runner is closed")
-        worker = self._worker = self._worker or _Worker(self._settings)
+        worker = self._worker = self._worker or _Worker(self._python, self._settings)
         try:
             await worker.open()
         except BaseException:
@@ -290,7 +292,7 @@ class Runner:
         self._worker = None
         if restart and not self._closed:
             with contextlib.suppress(UnavailableError):  # the next task tries again, and says so
-                self._worker = _Worker(self._settings)
+                self._worker = _Worker(self._python, self._settings)
 
     async def _end_all(self) -> None:
         while self._ending:

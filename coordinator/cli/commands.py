@@ -16,6 +16,7 @@ from bmoe.protocol.errors import BmoeError, ConfigError, InputError
 from coordinator.cli.admin import Admin
 from coordinator.cli.boards import boards_app
 from coordinator.cli.flash import flash
+from coordinator.cli.emulate import emulate
 from coordinator.cli.model import model_app
 from coordinator.cli.tables import out, show
 from coordinator.cli.tenants import api_token_app, tenant_app
@@ -39,6 +40,7 @@ app.add_typer(tenant_app, name="tenant")
 app.add_typer(device_app, name="device")
 app.add_typer(boards_app, name="boards")
 app.command()(flash)
+app.command()(emulate)
 
 State = Annotated[Path, typer.Option(help="The gateway's state directory.", envvar="BMOE_STATE")]
 Url = Annotated[str | None, typer.Option(help="The gateway's API; read from the state directory when not given.")]

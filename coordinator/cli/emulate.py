@@ -1,0 +1,70 @@
+"""`bmoe emulate`: a model on emulated boards, before it meets real ones."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from bmoe.protocol.errors import InferenceError
+from coordinator.cli.tables import out
+
+if TYPE_CHECKING:
+    from coordinator.emulate.trial_run import Finding, Served
+
+
+def emulate(
+    board: Annotated[list[str], typer.Option(help="A board's profile, as rpi4; may be repeated.")],
+    model: Annotated[Path, typer.Option(help="The model's folder.")],
+    inputs: Annotated[
+        Path | None, typer.Option(help="An .npz of inputs by name, instead of the golden pairs'.")
+    ] = None,
+    keep: Annotated[Path | None, typer.Option(help="Leave the fleet's state and logs in this new folder.")] = None,
+) -> None:
+    """Run a model on emulated boards: every file against this machine, then the whole in a throwaway fleet.
+
+    Exit status 0 where every board gives, within the manifest's tolerances, what this machine gives, and agreed in
+    the fleet's vote; else 1. Speed is not measured: an emulated board is far slower than a real one.
+    """
+    from coordinator.emulate.trial_run import measure, serve
+    from coordinator.emulate.workshop import Workshop
+
+    with tempfile.TemporaryDirectory(prefix="bmoe-emulate-") as temporary:
+        folder = keep or Path(temporary)
+        workshop = Workshop(folder / "boards", typer.echo)
+        boards = [workshop.board(name) for name in dict.fromkeys(board)]
+        findings = measure(model, boards, inputs, typer.echo)
+        served, answer = serve(model, boards, inputs, folder / "fleet", typer.echo)
+    out.print(_drift_table(findings))
+    out.print(_fleet_table(served))
+    typer.echo(f"the fleet's answer is {answer.stage}, {answer.assurance}")
+    apart = [f"{f.board}: {f.part}" for f in findings if not f.agrees]
+    apart += [f"{s.agent}: outvoted" for s in served if s.refutations or not s.clean]
+    if apart:
+        raise InferenceError(f"boards and this machine do not agree: {', '.join(dict.fromkeys(apart))}")
+    typer.echo("boards and this machine agree")
+
+
+def _drift_table(findings: list[Finding]) -> Table:
+    table = Table("board", "file of", "output", "bitwise", "max |difference|", "of range", "tolerance", "agrees")
+    for f in findings:
+        figures = (f"{f.drift.max_abs:.2g}", f"{f.drift.of_range:.2g}", f"{f.epsilon:g}")
+        table.add_row(
+            f.board,
+            f.part,
+            f.drift.output,
+            "equal" if f.drift.equal else "differs",
+            *figures,
+            "yes" if f.agrees else "NO",
+        )
+    return table
+
+
+def _fleet_table(served: list[Served]) -> Table:
+    table = Table("agent", "board, as the gateway sees it", "outputs that agreed", "refutations", "standing")
+    for s in served:
+        table.add_row(s.agent, s.board, str(s.clean), str(s.refutations), s.standing)
+    return table

@@ -1,0 +1,33 @@
+"""Boards made on demand under one folder, all on the one shared root."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from coordinator.boards import load_board
+from coordinator.emulate.board import EmulatedBoard, copy_agent, lay_out
+from coordinator.emulate.sysroot import Say, sysroot
+
+
+class Workshop:
+    """Makes each board once. The first may have to wait for the shared root: minutes, where its cache is empty."""
+
+    def __init__(self, folder: Path, say: Say = lambda line: None) -> None:
+        self.folder, self._say = folder, say
+        self._boards: dict[str, EmulatedBoard] = {}
+
+    def board(self, name: str) -> EmulatedBoard:
+        """The board of that profile. Raises UnknownError, ConfigError, UnavailableError."""
+        if name not in self._boards:
+            profile, shared = load_board(name), sysroot(self._say)
+            code = self.folder / "code"
+            if not code.is_dir():
+                copy_agent(code, shared)
+            self._boards[name] = lay_out(profile, shared, self.folder / name, code=code)
+        return self._boards[name]
+
+    def qemu_version(self) -> str:
+        """QEMU as it names itself."""
+        done = subprocess.run([sysroot(self._say).qemu, "--version"], capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()[0]
