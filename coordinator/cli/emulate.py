@@ -42,14 +42,14 @@ def emulate(
     out.print(_fleet_table(served))
     typer.echo(f"the fleet's answer is {answer.stage}, {answer.assurance}")
     apart = [f"{f.board}: {f.part}" for f in findings if not f.agrees]
-    apart += [f"{s.agent}: outvoted" for s in served if s.refutations or not s.clean]
+    apart += [f"{s.agent}: in the vote" for s in served if not s.agreed]
     if apart:
         raise InferenceError(f"boards and this machine do not agree: {', '.join(dict.fromkeys(apart))}")
     typer.echo("boards and this machine agree")
 
 
 def _drift_table(findings: list[Finding]) -> Table:
-    table = Table("board", "file of", "output", "bitwise", "max |difference|", "of range", "tolerance", "agrees")
+    table = Table("board", "part", "output", "bits", "drift", "of range", "tolerance", "agrees")
     for f in findings:
         figures = (f"{f.drift.max_abs:.2g}", f"{f.drift.of_range:.2g}", f"{f.epsilon:g}")
         table.add_row(
@@ -64,7 +64,7 @@ def _drift_table(findings: list[Finding]) -> Table:
 
 
 def _fleet_table(served: list[Served]) -> Table:
-    table = Table("agent", "board, as the gateway sees it", "outputs that agreed", "refutations", "standing")
+    table = Table("agent", "board, as the gateway sees it", "its outputs in the vote")
     for s in served:
-        table.add_row(s.agent, s.board, str(s.clean), str(s.refutations), s.standing)
+        table.add_row(s.agent, s.board, ", ".join(s.stances))
     return table

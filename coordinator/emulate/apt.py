@@ -47,8 +47,9 @@ def codename(os_release: str) -> str:
     return facts["VERSION_CODENAME"]
 
 
-def machine_sources(release: str, folder: Path = SOURCES) -> list[Source]:
+def machine_sources(release: str, folder: Path | None = None) -> list[Source]:
     """What this machine fetches `release` from. Raises ConfigError where it has no source of it."""
+    folder = folder or SOURCES
     files = sorted((folder / "sources.list.d").glob("*.sources"))
     found = [source for path in files for source in deb822_sources(path.read_text(errors="replace"))]
     for path in (folder / "sources.list", *sorted((folder / "sources.list.d").glob("*.list"))):

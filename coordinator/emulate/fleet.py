@@ -24,12 +24,17 @@ from typing import Any
 
 from bmoe.client import Client
 from bmoe.inference.runner import PACKAGE_ROOT
+from bmoe.ledger.rules.entries import Verdict
+from bmoe.ledger.rules.policies.ballot import IGNORED, LETTERS, UNUSABLE
+from bmoe.ledger.rules.receipt import verify_receipt
 from bmoe.protocol.errors import ConfigError, UnavailableError
+from bmoe.protocol.messages import Output, open_message
 from bmoe.storage.manifest import MANIFEST_NAME, Model
 from coordinator.cli.admin import Admin
 from coordinator.cli.commands import api_url
 from coordinator.embedded import launch
 from coordinator.emulate.board import EmulatedBoard
+from coordinator.state_layout import StateLayout
 
 GATEWAY = "gateway"
 UP_WITHIN_S = 90.0
@@ -38,6 +43,7 @@ ONLINE_WITHIN_S = 180.0
 FAREWELL_S = 10.0
 POLL_S = 0.1
 TAIL_BYTES = 2000
+STANCES = {letter: stance.value for stance, letter in LETTERS.items()} | {UNUSABLE: "unusable", IGNORED: "ignored"}
 COMMANDS = {
     "bmoe": (sys.executable, "-c", "import sys; from coordinator.cli import main; sys.exit(main())"),
     "bmoe-agent": (sys.executable, "-c", "import sys; from edge_agent.cli import main; sys.exit(main())"),
@@ -152,6 +158,19 @@ class Fleet:
             folder = shutil.copytree(folder, self.folder / "models" / folder.resolve().name)
             draft_manifest(folder)
         return str(publish(self.state, folder, "emulation")["model"])
+
+    def stances(self, verdict: str) -> dict[str, str]:
+        """How each agent's output stood in a verdict, by a receipt that is checked here: agree, neutral, dissent, unusable,
+        or ignored where nothing was accepted.
+
+        Raises ProofError for a receipt that does not hold.
+        """
+        with contextlib.closing(self.client()) as client:
+            receipt = client.verdict_receipt(verdict)
+        entry = verify_receipt(receipt, StateLayout(self.state).load_trust()).entry
+        assert isinstance(entry, Verdict)
+        authors = [open_message(Output, envelope).header.author for envelope in entry.outputs]
+        return {author: STANCES[letter] for author, letter in zip(authors, entry.stances, strict=True)}
 
     def tail(self, name: str) -> str:
         """The last words of one process."""

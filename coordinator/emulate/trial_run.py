@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -41,13 +40,16 @@ class Finding:
 
 @dataclass(frozen=True)
 class Served:
-    """One agent after the fleet's answers: what the gateway holds of it, and whether it agreed each time it was asked."""
+    """One agent after the fleet's answer: what the gateway takes it for, and how its output of each verdict stood."""
 
     agent: str
     board: str
-    clean: int
-    refutations: int
-    standing: str
+    stances: tuple[str, ...]
+
+    @property
+    def agreed(self) -> bool:
+        """Whether each verdict has an output of it that agrees."""
+        return bool(self.stances) and set(self.stances) == {"agree"}
 
 
 def inputs_for(folder: Path, model: Model, given: Path | None) -> dict[str, Arrays]:
@@ -105,12 +107,13 @@ def serve(
         say("all are online")
         with contextlib.closing(fleet.client()) as client:
             answer = client.infer(model.name, inputs, policy="full", wait="final")
-            rows = client.fleet()
-    return [_served(row) for row in rows], answer
-
-
-def _served(row: Mapping[str, Any]) -> Served:
-    return Served(row["agent"], str(row.get("board", "")), row["clean"], row["refutations"], row["standing"])
+        stances = [fleet.stances(verdict) for verdict in answer.verdicts]
+        rows = fleet.online()
+    served = [
+        Served(row["agent"], str(row["board"]), tuple(each.get(row["agent"], "silent") for each in stances))
+        for row in rows
+    ]
+    return served, answer
 
 
 def _named(arrays: Arrays, name: str, given: Path) -> np.ndarray:

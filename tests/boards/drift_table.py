@@ -89,8 +89,9 @@ def rendered(rows: Sequence[Row], qemu: str) -> str:
         )
     lines += [
         "",
-        f"Measured on {cpu_name()} with onnxruntime {onnxruntime.__version__}, {qemu}. QEMU's user emulation computes",
-        "what the named processor's instructions define; that a board's silicon gives the same was not measured.",
+        f"Measured on {cpu_name()} with onnxruntime {onnxruntime.__version__} and {qemu}.",
+        "User emulation computes what the named processor's instructions define; that a board's silicon gives the same",
+        "was not measured.",
     ]
     return "\n".join(lines) + "\n"
 

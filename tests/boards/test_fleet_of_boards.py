@@ -78,18 +78,16 @@ def test_the_gateway_sees_each_board_as_what_it_is(mixed: tuple[Fleet, dict[str,
 def test_a_vote_of_all_spans_the_architectures(mixed: tuple[Fleet, dict[str, Path]], name: str) -> None:
     """Policy full: all five are asked, and whichever value is taken, it is this machine's within the tolerance."""
     fleet, files = mixed
-    value, _ = asked(fleet, name, 1, "full")
+    value, verdict = asked(fleet, name, 1, "full")
+    assert fleet.stances(verdict) == dict.fromkeys((*BOARDS, *NATIVE), "agree")
     here = compute("", [(files[name], rows_of(name, 1))])[0][OUTPUT]
     assert np.abs(value - here).max() <= epsilon_of(fleet, name)
     if SERVED[name].int8:
         assert value.tobytes() == here.tobytes()
-    with contextlib.closing(fleet.client()) as client:
-        rows = {row["agent"]: row for row in client.fleet()}
-    assert {name: rows[name]["refutations"] for name in (*BOARDS, *NATIVE)} == dict.fromkeys((*BOARDS, *NATIVE), 0)
 
 
 async def test_every_board_signed_an_output_of_every_verdict_of_all(mixed: tuple[Fleet, dict[str, Path]]) -> None:
-    """The ledger has it, recomputed: the accepted clique of a full vote holds x86 agents and boards alike."""
+    """The whole ledger, recomputed and cosigned, has x86 agents and boards side by side in each full vote."""
     fleet, _ = mixed
     tasks = [bytes.fromhex(asked(fleet, name, 2, "full")[1]) for name in SERVED]
     facts = await check_ledger(fleet.state)
@@ -97,8 +95,6 @@ async def test_every_board_signed_an_output_of_every_verdict_of_all(mixed: tuple
         verdict = facts.verdicts[task]
         authors = {open_message(Output, envelope).header.author for envelope in verdict.outputs}
         assert verdict.outcome == "accepted" and set(verdict.assigned) == authors == {*BOARDS, *NATIVE}
-    clean = {agent: facts.state.agents[agent].clean for agent in (*BOARDS, *NATIVE)}
-    assert min(clean.values()) >= len(tasks), f"an honest agent was outvoted: {clean}"
 
 
 @pytest.mark.parametrize("name", SERVED)

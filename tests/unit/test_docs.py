@@ -17,6 +17,7 @@ from bmoe.protocol.messages import MESSAGES, Refusal, open_message
 from bmoe.protocol.topics import DOWN, UP
 from coordinator.cli.commands import app
 from coordinator.config import GatewaySettings
+from coordinator.emulate.sysroot import CACHE
 from coordinator.state_layout import StateLayout
 from edge_agent.cli import _parser as agent_parser
 
@@ -30,7 +31,7 @@ SOURCES = {
 }
 CODE = re.compile(r"`([^`\n]+)`")
 OF_A_STATE_DIRECTORY = {f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json")}
-OPTIONS = {"BMOE_API_TOKEN", "BMOE_JOIN_TOKEN", "BMOE_WIFI_PASSWORD"}  # variables of options, not of settings
+OPTIONS = {"BMOE_API_TOKEN", "BMOE_JOIN_TOKEN", "BMOE_WIFI_PASSWORD", CACHE}  # variables of options, not of settings
 GROUPS = ("token", "device", "api-token", "tenant", "boards")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
