@@ -37,6 +37,7 @@ help:
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make test-boards   emulated Raspberry Pi 3, 4 and 5 in a fleet with x86 agents (Debian, no root)"
+	@echo "make test-boot     a flashed image boots as a whole emulated board, joins, answers, outlives a power cut"
 	@echo "make drift         measure anew how far boards and x86 are apart, into docs/results/drift.md"
 	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
@@ -158,6 +159,10 @@ test-wheel: $(VENV)/.ready
 # qemu-user and the boards' aarch64 packages are fetched into ~/.cache/bmoe/emulate once.
 test-boards: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/boards --timeout 600 --durations 5
+
+# A whole board: image, flash, boot, join, power cut. What is not installed of QEMU and the tools of file systems is fetched.
+test-boot: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/boot --timeout 1500 --durations 5 -s
 
 drift: $(VENV)/.ready
 	PYTHONPATH=. $(BIN)/python tests/boards/drift_table.py
