@@ -15,8 +15,8 @@ from bmoe.client import Client
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError
 from coordinator.cli.admin import Admin
 from coordinator.cli.boards import boards_app
-from coordinator.cli.flash import flash
 from coordinator.cli.emulate import emulate
+from coordinator.cli.flash import flash
 from coordinator.cli.model import model_app
 from coordinator.cli.tables import out, show
 from coordinator.cli.tenants import api_token_app, tenant_app
