@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import struct
@@ -13,12 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from debian import BOOT_LABEL, make_root
 from host_tools import HostTools
 
+from coordinator.emulate.sysroot import cache_folder
+
 MIB = 1 << 20
 START_MB, BOOT_MB, ROOT_MB = 4, 320, 1400
 
 
-def make_image(folder: Path) -> Path:
-    """folder/debian.img, with folder/vmlinuz and folder/initrd to boot it; made once, renamed into place when whole."""
+def make_image() -> Path:
+    """debian.img, with vmlinuz and initrd beside it to boot it; made once for each state of these scripts, in the cache."""
+    scripts = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("image.py", "debian.py", "probe.py"))
+    folder = cache_folder() / f"boot-image-{hashlib.sha256(scripts).hexdigest()[:16]}"
     image = folder / "debian.img"
     if not image.exists():
         tools = HostTools()

@@ -5,9 +5,18 @@ import json
 import subprocess
 import time
 
-while not (found := [p for p in glob.glob("/sys/class/virtio-ports/*") if open(p + "/name").read().strip() == "test.probe"]):
+
+def device():
+    for name in glob.glob("/sys/class/virtio-ports/*/name"):
+        with open(name) as file:
+            if file.read().strip() == "test.probe":
+                return "/dev/" + name.split("/")[-2]
+    return None
+
+
+while device() is None:
     time.sleep(1)
-with open("/dev/" + found[0].rsplit("/", 1)[1], "r+b", buffering=0) as port:
+with open(device(), "r+b", buffering=0) as port:
     line = b""
     port.write(b'{"up": true}\n')
     while True:
