@@ -103,22 +103,33 @@ class Fleet:
         """A new client of the gateway."""
         return Client(api_url(self.state), timeout_s=300.0)
 
-    def add(self, name: str, board: EmulatedBoard | None = None, *, owner: str = "", flags: Sequence[str] = ()) -> None:
+    def add(self, name: str, board: EmulatedBoard | None = None, *, owner: str = "") -> None:
         """Join an agent, of this machine or of an emulated board, and start it; `online` waits for it."""
-        command = board.agent if board else COMMANDS["bmoe-agent"]
-        body = {"name": name, "owner": owner or f"owner-of-{name}", "batch": "emulated", "ttl_s": 3600}
-        token = Admin(self.state).call("POST", "/v1/admin/tokens", body)["token"]
-        joining = self._spawn(f"{name} join", (*command, "join", token, "--state", str(self.folder / name)), name)
+        self.add_all({name: board}, owner=owner)
+
+    def add_all(self, agents: Mapping[str, EmulatedBoard | None], *, owner: str = "") -> None:
+        """Join and start several, at once: each of an owner of its own where none is named."""
+        for name, board in agents.items():
+            command = board.agent if board else COMMANDS["bmoe-agent"]
+            body = {"name": name, "owner": owner or f"owner-of-{name}", "batch": "emulated", "ttl_s": 3600}
+            token = Admin(self.state).call("POST", "/v1/admin/tokens", body)["token"]
+            self.agents[name] = (*command, "run", "--state", str(self.folder / name))
+            self._spawn(_joining(name), (*command, "join", token, "--state", str(self.folder / name)), name)
+        deadline = time.monotonic() + JOIN_WITHIN_S
+        for name in agents:
+            self._joined(name, deadline)
+            self.run(name)
+
+    def _joined(self, name: str, deadline: float) -> None:
+        joining = self._running[_joining(name)]
         try:
-            status = joining.wait(JOIN_WITHIN_S)
+            status = joining.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             joining.kill()
             status = joining.wait()
-        del self._running[f"{name} join"]
+        del self._running[_joining(name)]
         if status != 0:
             raise UnavailableError(f"{name} could not join (status {status}): {self.tail(name)}")
-        self.agents[name] = (*command, "run", "--state", str(self.folder / name), *flags)
-        self.run(name)
 
     def run(self, name: str) -> None:
         """Start an agent that has joined."""
@@ -216,6 +227,10 @@ class Fleet:
         if PACKAGE_ROOT.name not in ("site-packages", "dist-packages"):
             kept["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE_ROOT), kept.get("PYTHONPATH")]))
         return kept | self.settings | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def _joining(name: str) -> str:
+    return f"{name} join"
 
 
 def draft_manifest(folder: Path) -> Model:

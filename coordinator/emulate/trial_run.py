@@ -100,9 +100,7 @@ def serve(
     inputs = inputs_for(folder, model, given)[model.experts[0].name]
     with Fleet(workplace, [folder]) as fleet:
         say("gateway is up; boards join")
-        fleet.add(NATIVE)
-        for board in boards:
-            fleet.add(board.name, board)
+        fleet.add_all({NATIVE: None, **{board.name: board for board in boards}})
         fleet.online()
         say("all are online")
         with contextlib.closing(fleet.client()) as client:

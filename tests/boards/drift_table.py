@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,8 +53,9 @@ def measure(boards: Sequence[EmulatedBoard], folder: Path) -> tuple[list[Row], d
     names = [sample.name for sample in SAMPLES]
     here = compute("", jobs)
     there = {SATURATING: compute("", jobs, variant="saturating")}
-    for board in boards:
-        there[processor_of(board)] = compute(str(board.python), jobs)
+    with ThreadPoolExecutor() as pool:
+        emulated = pool.map(lambda board: compute(str(board.python), jobs), boards)
+        there |= {processor_of(board): outputs for board, outputs in zip(boards, emulated, strict=True)}
     rows = [
         Row(sample, processor, compare(native, outputs[number])[0])
         for number, (sample, native) in enumerate(zip(SAMPLES, here, strict=True))

@@ -35,10 +35,7 @@ def mixed(
     root = tmp_path_factory.mktemp("mixed")
     boards = {name: emulated_board(name) for name in BOARDS}
     with Fleet(root / "fleet") as fleet:
-        for name in NATIVE:
-            fleet.add(name)
-        for name, board in boards.items():
-            fleet.add(name, board)
+        fleet.add_all(dict.fromkeys(NATIVE) | boards)
         files = {}
         for name, sample in SERVED.items():
             (root / name).mkdir()

@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ours import build_wheel
 from sample_models import SAMPLES, write
 
-ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = shutil.ignore_patterns(
-    ".git",
-    ".venv*",
-    ".mosquitto",
-    ".test-tools",
-    ".data",
-    "build",
-    "dist",
-    "*.egg-info",
-    "__pycache__",
-    ".*_cache",
-    "state",
-)
 THEIR_TEST = '''
 """Our expert on a Raspberry Pi 4, before there is one."""
 
@@ -64,11 +50,8 @@ def test_a_fleet_serves_it(fleet, emulated_board):
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A scratch project: env/ with the wheel and pytest, our-model/expert.onnx, test_boards.py."""
     folder = tmp_path_factory.mktemp("scratch")
-    shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT)
-    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", folder, folder / "source", cwd=folder)
-    shutil.rmtree(folder / "source")
+    wheel = build_wheel(folder)
     run(sys.executable, "-m", "venv", folder / "env", cwd=folder)
-    wheel = next(folder.glob("bmoe-*.whl"))
     run(folder / "env/bin/pip", "install", "-q", f"bmoe[gateway] @ {wheel.as_uri()}", "pytest", cwd=folder)
     (folder / "our-model").mkdir()
     sample = next(sample for sample in SAMPLES if sample.name == "mlp-fp32")

@@ -30,7 +30,9 @@ from coordinator.emulate.fleet import COMMANDS, Fleet
 from coordinator.emulate.sysroot import PLATFORMS, recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "boards"))
 from ledger_check import check_ledger
+from ours import build_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARD, NAME = "generic-aarch64", "kitchen-pi"
@@ -81,7 +83,7 @@ def wheels(folder: Path) -> Path:
          *platforms, "--dest", str(folder), "pip", *known.requirements],
         check=True, timeout=600,
     )  # fmt: skip
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True, timeout=300)
+    build_wheel(folder)
     return folder
 
 
