@@ -88,10 +88,10 @@ def wheels(folder: Path) -> Path:
 
 
 def readme_lines() -> list[str]:
-    """The commands of README's section, as they stand there."""
+    """The commands of README's section for a board with a card, as they stand there."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.split("<!-- boards: tests/boot/test_boot.py runs these lines -->\n```sh\n")[1].split("```")[0]
-    return [line for line in block.splitlines() if line and not line.startswith("#")]
+    section = text.split("\n## Deploying on real boards\n")[1].split("\nWithout a card")[0]
+    return [line for block in re.findall(r"```sh\n(.*?)```", section, re.S) for line in block.splitlines() if line]
 
 
 def run_line(line: str, root: Path, replaced: dict[str, str]) -> str:
@@ -112,7 +112,12 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     root = tmp_path_factory.mktemp("deployment")
     image = make_image()
     lines = readme_lines()
-    assert lines[0].startswith("bmoe up ") and lines[-1].startswith("bmoe fleet ")
+    assert [" ".join(line.split()[:2]) for line in lines] == [
+        "bmoe up",
+        "bmoe token",
+        *["bmoe flash"] * 2,
+        "bmoe fleet",
+    ]
     # This machine's network has no address that a board inside QEMU reaches but its loopback, by another name.
     with Fleet(root / "fleet", settings={"BMOE_PUBLIC_HOSTS": f'["{HOST}"]'}) as fleet:
         deployment = Deployment(root, fleet, image)
@@ -122,7 +127,7 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         replaced = {
             "--state gateway": f"--state {fleet.state}",
             "--board rpi5": f"--board {BOARD}",
-            "raspios.img.xz": str(image),
+            "raspios-trixie-arm64-lite.img.xz": str(image),
             "--device /dev/sdX": target,
         }
         for line in lines[1:-1]:
