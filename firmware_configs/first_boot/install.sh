@@ -48,15 +48,18 @@ if [ ! -x "$place/bin/bmoe-agent" ]; then
     fi
     if [ -d "$here/wheels" ]; then
         say "installing from the card"
-        $pip install --no-index --find-links "$here/wheels" 'bmoe[agent]' || {
+        $pip install --no-compile --no-index --find-links "$here/wheels" 'bmoe[agent]' || {
             say "the card has not all of it: fetching the rest"
-            $pip install --find-links "$here/wheels" 'bmoe[agent]'
+            $pip install --no-compile --find-links "$here/wheels" 'bmoe[agent]'
         }
     else
         say "fetching bmoe @VERSION@"
-        $pip install 'bmoe[agent]==@VERSION@'
+        $pip install --no-compile 'bmoe[agent]==@VERSION@'
     fi
 fi
+
+# Bytecode of what the agent imports alone: that of all of numpy and onnxruntime takes minutes, and is never read.
+"$place/bin/python" -c 'import edge_agent.service, bmoe.inference.worker'
 
 # Takes settings, clock and token; the token is then destroyed here. Enables and starts the agent.
 "$place/bin/bmoe-agent" install --from "$here" --board "$board"

@@ -70,7 +70,7 @@ class Deployment:
         return time.monotonic() - started
 
     def ask(self, client: Client, wait: str = "final") -> Answer:
-        return client.infer("wearable", {"window": WINDOWS}, policy="full", wait=wait)
+        return client.infer("wearable", {"window": WINDOWS}, policy="referee", wait=wait)
 
 
 def wheels(folder: Path) -> Path:
