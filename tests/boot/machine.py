@@ -36,7 +36,7 @@ class Machine:
             "-drive", f"if=none,file={image},format=raw,id=card,cache=none",
             "-device", "virtio-blk-pci,drive=card,romfile=",
             "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
-            "-device", "virtio-rng-pci,romfile=", "-device", "i6300esb",
+            "-device", "virtio-rng-pci,romfile=",
             "-device", "virtio-serial-pci,romfile=",
             "-chardev", f"socket,id=door,path={self._door},server=on,wait=off",
             "-device", "virtserialport,chardev=door,name=test.probe",
