@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from edge_agent.join_token import JoinToken
 
 from bmoe.protocol.errors import ConfigError
 from bmoe.protocol.join_token import JoinToken
