@@ -139,6 +139,13 @@ def _entries(sealed: dict[str, bytes]) -> dict[str, entries.Entry]:
         "equivocation": made(entries.Equivocation, "coordinator", first=sealed["output"], second=_by("agent-1", seq=8)),
         "tick": made(entries.Tick, "validator-1", size=41),
         "rejected": made(entries.Rejected, "coordinator", digest=digest, reason="task 10.. is opened twice"),
+        "withdrawal": made(
+            entries.Withdrawal, "registrar", model="toy", version=3, digests=(EXPERT,), reason="wrong labels"
+        ),
+        "rollout": made(
+            entries.Rollout, "coordinator", rollout=bytes(range(64, 80)), model="toy", version=3, wave=("agent-1",),
+            stage="canary", reason="first wave",
+        ),
     }  # fmt: skip
 
 

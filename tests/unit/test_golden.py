@@ -67,7 +67,7 @@ def test_type_numbers_are_these_for_ever() -> None:
         9: "Enrolment", 10: "Promise", 11: "Release", 12: "ModelRelease", 16: "FrameHeader", 32: "Genesis",
         33: "MemberEntry", 34: "Revocation", 35: "ReleaseEntry", 36: "ModelEntry", 37: "Opened", 38: "Verdict",
         39: "Answer", 40: "Challenge", 41: "Confirmation", 42: "ComplaintEntry", 43: "Equivocation", 44: "Tick",
-        45: "Rejected",
+        45: "Rejected", 48: "Withdrawal", 52: "Rollout",
     }  # fmt: skip
 
 
