@@ -63,27 +63,27 @@ class Audited:
 
 def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
     """Verify a receipt against a trust policy; raises ProofError naming the step that fails and why."""
-    with _step(1, "parse"):
+    with step(1, "parse"):
         receipt = parse_receipt(text)
         evidence, checkpoint = receipt.evidence, receipt.checkpoint
         entry = _entry(evidence.leaf, trust, (Verdict, Answer))
-    with _step(2, "checkpoint"):
+    with step(2, "checkpoint"):
         cosigned = check_cosignatures(receipt, trust)
-    with _step(3, "inclusion"):
+    with step(3, "inclusion"):
         verify_inclusion(receipt.index, checkpoint.size, leaf_hash(evidence.leaf), receipt.path, checkpoint.root)
-    with _step(4, "supports"):
+    with step(4, "supports"):
         verdicts = _supports(receipt, entry, trust)
-    with _step(5, "statements"):
+    with step(5, "statements"):
         statements = _statements(evidence, trust, verdicts)
-    with _step(6, "signatures"):
+    with step(6, "signatures"):
         signed = [check_signatures(index, verdict, statements) for index, verdict in verdicts]
         _exactly(
             {s.header.author for v in signed for s in all_outputs(v)}, set(statements.members), "members' statements"
         )
-    with _step(7, "vote"):
+    with step(7, "vote"):
         openings = _openings(evidence, entry, [v for _, v in verdicts])
         audited = tuple(check_vote(v, statements, openings) for v in signed)
-    with _step(8, "answer"):
+    with step(8, "answer"):
         result = check_answer(entry, audited, statements, openings)
     kind = "answer" if isinstance(entry, Answer) else "verdict"
     facts = (kind, entry, receipt.index, checkpoint.size, checkpoint.root, cosigned, audited, result)
@@ -113,7 +113,7 @@ def check_request(entry: Answer, release: Release, opening: bytes) -> None:
     `release` is that of an expert of the model, which declares the inputs. Behind the tensors stand, as little-endian
     int64, the dims of each input that has more than one free dim besides its rows.
     """
-    with _step(9, "request"):
+    with step(9, "request"):
         salt, *parts = read_bstrs(opening, 0, 2 * MAX_TENSORS + 1)
         parts, shapes = parts[: len(release.inputs)], list(parts[len(release.inputs) :])
         specs = [
@@ -129,7 +129,8 @@ def check_request(entry: Answer, release: Release, opening: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _step(number: int, name: str) -> Iterator[None]:
+def step(number: int, name: str) -> Iterator[None]:
+    """Name the step in whatever it raises: a ProofError, for malformed content as well."""
     try:
         yield
     except ConfigError:
