@@ -20,9 +20,10 @@ from bmoe.protocol.messages import H, ModelRelease, Release, Sealed, open_messag
 
 @dataclass(frozen=True)
 class Entered(Generic[H]):
-    """A registrar's statement, and the place of its entry on the ledger: index and size of the tree that holds it."""
+    """A registrar's statement, its signed bytes, and the place of its entry: index and size of the tree that holds it."""
 
     statement: H
+    sealed: bytes
     index: int
     size: int
     cosigned: tuple[str, ...]
@@ -67,4 +68,4 @@ def _verify(text: str | bytes, trust: Trust, wanted: type, kind: type[H]) -> Ent
         verify_inclusion(receipt.index, size, leaf_hash(receipt.evidence.leaf), receipt.path, root)
     with step(4, "statement"):
         statement = read_statement(entry.statement, kind, trust)
-    return Entered(statement, receipt.index, size, tuple(name for name, _ in cosigned))
+    return Entered(statement, entry.statement, receipt.index, size, tuple(name for name, _ in cosigned))
