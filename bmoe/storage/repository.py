@@ -3,7 +3,7 @@
 A change is made in memory, signed, and written so that a reader and a crash find the old state or the new one: blobs,
 then each role's next version under a name of its own, then `timestamp.json`, which alone says what counts. What a crash
 leaves behind is never referred to, and is written over by the next change.
-Source: The Update Framework Specification 1.0.34, sections 4 (formats) and 6 (writing consistent snapshots).
+Source: The Update Framework Specification 1.0.31, sections 4 (formats) and 6 (writing consistent snapshots).
 """
 
 from __future__ import annotations
@@ -213,7 +213,8 @@ def delegation(roles: Roles, owner: str, model: str, key: Callable[[], Key]) -> 
     if role not in delegations.roles:
         delegations.roles[role] = DelegatedRole(role, [], 1, True, paths=[])
         roles.targets.signed.add_key(key(), role)
-        roles.owners[role] = Metadata(Targets(version=0))
+        roles.owners[role] = Metadata(Targets())
+        roles.owners[role].signed.version = 0
         roles.changed.add("targets")
     paths = delegations.roles[role].paths
     assert paths is not None
