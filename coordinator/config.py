@@ -46,6 +46,14 @@ class GatewaySettings(BaseSettings):
         description="Whether clients need a token: required, or auto: once there is one, or beyond loopback.",
     )
     models: tuple[str, ...] = Field(("wearable",), description="Built-in models, or folders with a model.json.")
+    repository: str = Field(
+        "",
+        description="Where the signed repository lies: a folder, or a URL such as s3://bucket/path; `repository/` here.",
+    )
+    release_assurance: Literal["final", "committed"] = Field(
+        "final",
+        description="When a release may be used: final, cosigned by a quorum, or committed, entered on the ledger.",
+    )
     policy: Literal["referee", "quorum", "full", "single"] = Field(
         "referee", description="Policy for requests that name none: referee, quorum, full or single."
     )

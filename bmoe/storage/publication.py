@@ -6,6 +6,8 @@ Publishing: blobs first, then the metadata that names them. Whether a version ma
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,8 @@ from typing import Any
 
 from tuf.api.metadata import TargetFile
 
-from bmoe.protocol.errors import UnknownError
+from bmoe.protocol.errors import InputError, UnknownError
+from bmoe.protocol.files import sync_folder
 from bmoe.storage.blobs import read_whole
 from bmoe.storage.manifest import MAX_MANIFEST_BYTES, Model, manifest_digest, parse_manifest
 from bmoe.storage.repository import Repository, Roles, delegation
@@ -128,6 +131,27 @@ def bundle(repository: Repository, model: str, version: int) -> Bundle:
         target = roles.owners[OWNER_PREFIX + found.owner].signed.targets[path]
         blobs[target.hashes["sha256"]] = target.length
     return Bundle(metadata, blobs)
+
+
+def fetch(repository: Repository, sha256: str, folder: Path) -> None:
+    """Bring a blob from the store into a folder, under its SHA-256; raises UnknownError where the store has none,
+    InputError where what it has is of another digest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
+        try:
+            for chunk in repository.store.stream(blob_path(sha256)):
+                digest.update(chunk)
+                file.write(chunk)
+            if digest.hexdigest() != sha256:
+                raise InputError(f"the store's blob {sha256} has SHA-256 {digest.hexdigest()}: it was tampered with")
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, folder / sha256)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+    sync_folder(folder)
 
 
 def _metadata_paths(roles: Roles, found: Published) -> Iterator[str]:

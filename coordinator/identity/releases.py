@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bmoe.ledger.rules.entries import Entry, ModelEntry, ReleaseEntry
+from bmoe.ledger.rules.releases import under_way
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import ModelError, RefusedError
 from bmoe.protocol.keys import Signer
@@ -41,15 +42,18 @@ def check_blobs(folder: Path, model: Model) -> None:
 
 def check_publishable(state: State, model: Model) -> None:
     """Raise RefusedError, naming the next number, unless this is a new version and says nothing new of known files."""
-    served = state.models.get(model.name)
-    latest = served.version if served else 0
+    latest = max((version for name, version in state.versions if name == model.name), default=0)
+    if (rolling := under_way(state, model.name)) is not None:
+        raise RefusedError(
+            f"a rollout of {model.name} {rolling.version} is under way ({rolling.stage}): let it end, or abort it first"
+        )
     if (model.name, model.version) in state.versions:
         raise RefusedError(
             f"{model.name} {model.version} is published with other content: give it version {latest + 1}"
         )
     if model.version < latest:
         raise RefusedError(
-            f"{model.name} {model.version} is older than {latest}, which is served: give it version {latest + 1}"
+            f"{model.name} {model.version} is older than {latest}, which is published: give it version {latest + 1}"
         )
     for part in experts_and_gate(model):
         known = state.releases.get(bytes.fromhex(part.sha256))

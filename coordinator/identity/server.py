@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,6 +51,7 @@ async def nothing() -> None:
 class Fleet:
     """All that the handlers ask: `releases`, `evidence` and `models` give bytes by digest, task id and name, or None.
 
+    `withdrawn` holds the digests of experts taken back: agents get neither release nor blob.
     `admit()` returns once the broker knows of a session whose certificate was issued.
     """
 
@@ -67,6 +68,7 @@ class Fleet:
     report: Report
     clock: Callable[[], float] = time.time
     models: Callable[[str], bytes | None] = lambda name: None
+    withdrawn: Container[bytes] = ()
     admit: Callable[[], Awaitable[None]] = nothing
 
 
@@ -116,8 +118,8 @@ async def _members(fleet: Fleet, request: Request) -> Response:
 
 
 async def _release(fleet: Fleet, request: Request) -> Response:
-    peer(fleet, request)
-    digest = request.path_params["digest"]
+    known, digest = peer(fleet, request), request.path_params["digest"]
+    check_not_withdrawn(fleet, known, digest)
     found = fleet.releases(bytes.fromhex(digest)) if is_hex_digest(digest) else None
     return _found(found, "application/cose", f"no release {digest[:64]}")
 
@@ -129,8 +131,15 @@ async def _model(fleet: Fleet, request: Request) -> Response:
 
 
 async def _blob(fleet: Fleet, request: Request) -> Response:
-    peer(fleet, request)
-    return serve_blob(fleet.blobs, request.path_params["digest"], request)
+    known, digest = peer(fleet, request), request.path_params["digest"]
+    check_not_withdrawn(fleet, known, digest)
+    return serve_blob(fleet.blobs, digest, request)
+
+
+def check_not_withdrawn(fleet: Fleet, known: Known, digest: str) -> None:
+    """Raise RefusedError for an agent that asks for what was taken back; whoever judges old verdicts still gets it."""
+    if known.role == "agent" and is_hex_digest(digest) and bytes.fromhex(digest) in fleet.withdrawn:
+        raise RefusedError(f"{digest} is withdrawn")
 
 
 async def _evidence(fleet: Fleet, request: Request) -> Response:
