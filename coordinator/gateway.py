@@ -52,6 +52,7 @@ from coordinator.rejections import Rejections
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
 from coordinator.tenants import Quotas
+from coordinator.usable import Usable
 
 log = structlog.get_logger("gateway")
 T = TypeVar("T")
@@ -91,7 +92,8 @@ class Gateway:
         self.bodies = Bodies(settings.bodies_bytes)
         self.finality = Finality(self.state)
         self._rejections = Rejections(NAME)
-        self.catalogue = Catalogue(self.state)
+        self.usable = Usable(self.state, self.finality, settings.release_assurance)
+        self.catalogue = Catalogue(self.state, self.usable.get)
         self.counts = RequestCounts(self.catalogue.names)
         self.clocks = Clocks(log.warning)
         written = (layout.root, layout.signing_key.parent, layout.evidence.parent, layout.ledger)
@@ -124,6 +126,7 @@ class Gateway:
         except asyncio.TimeoutError:
             raise UnavailableError("the registrar has not enrolled this coordinator: see its log") from None
         await self.finality.follow(self._stream)
+        self._spawn(self.usable.prove(self.receipts, trust))
         await self.author.start(self.state)
         self._evidence = EvidenceStore(layout.evidence)
         self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)
@@ -198,6 +201,7 @@ class Gateway:
         `head_bytes` is the length of the body's JSON head where binary tensors follow it. `reply_to` names a device that
         is told of the outcome on its topic, after a crash as well. See mqtt_history.
         """
+        await self.usable.wait(name)
         model = self.catalogue.get(name)
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
         policy = self.settings.policy
@@ -278,6 +282,7 @@ class Gateway:
 
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         self.finality.on_applied(applied)
+        self.usable.on_applied(applied)
         self.recovery.on_applied(message, applied)
         self._rejections.on_applied(message.position, applied)
         for event in applied.events:

@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from bmoe.ledger.rules.membership import quorum_of
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.errors import ConfigError

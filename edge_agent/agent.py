@@ -23,6 +23,7 @@ from bmoe.protocol.text import plain
 from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
+from bmoe.storage.installed import pinned
 from edge_agent import admit as admission
 from edge_agent import certificates
 from edge_agent.admit import Admitted, Decision, Ignored, Load, Refused, Repeated, Rules
@@ -34,6 +35,7 @@ from edge_agent.identity import Identity
 from edge_agent.infer import infer
 from edge_agent.logs import event
 from edge_agent.outbox import Outbox
+from edge_agent.policy import release_check
 from edge_agent.presence import Presence
 from edge_agent.report import Reporter
 from edge_agent.sign import SignedOutput, Stamp, sign
@@ -71,7 +73,14 @@ class Agent:
         self._fleet = fleet = FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key))
         self.trust = Trust(i, fleet)
         self.experts = Experts(
-            s.state / "experts", fleet, i.registrar, i.ledger, file_bytes=s.expert_bytes, cache_bytes=s.cache_bytes
+            s.state / "experts",
+            fleet,
+            i.registrar,
+            i.ledger,
+            file_bytes=s.expert_bytes,
+            cache_bytes=s.cache_bytes,
+            check=release_check(i, fleet, s.release_assurance),
+            keep=lambda: pinned(s.state),
         )
         self.runner = Runner(memory_mb=s.memory_mb, max_sessions=s.max_sessions, nice=s.nice)
         self.presence = Presence(s, self.stamp)

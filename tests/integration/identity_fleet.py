@@ -16,7 +16,7 @@ from embedded_servers import PATIENCE, Events
 from benchmarks import mosquitto
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
-from bmoe.ledger.rules.membership import quorum_of
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream

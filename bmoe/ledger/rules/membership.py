@@ -11,6 +11,7 @@ from bmoe.ledger.rules.entries import (
     Revocation,
     Tick,
 )
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.standing import Act, Record
 from bmoe.ledger.rules.state import Context, Event, State
 from bmoe.protocol.errors import RefusedError
@@ -18,11 +19,6 @@ from bmoe.protocol.keys import check_public_key
 from bmoe.protocol.messages import Member, Sealed, open_message
 
 RULES_VERSION = 1
-
-
-def quorum_of(validators: int) -> int:
-    """How many validators' word makes a size final: floor(2N/3) + 1."""
-    return 2 * validators // 3 + 1
 
 
 def genesis(state: State, context: Context, entry: Genesis) -> list[Event]:

@@ -10,18 +10,17 @@ What cannot be recomputed from one receipt (an agent's standing at that time) is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bmoe.ledger.rules.checkpoint import verify_cosignature
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Answer, Rejected, Verdict, parse_entry
 from bmoe.ledger.rules.merkle import leaf_hash, verify_inclusion
 from bmoe.ledger.rules.outputs import fit_spec, unpack_dims, untold
 from bmoe.ledger.rules.receipt_format import Evidence, Receipt, format_receipt, merge_receipts, parse_receipt
+from bmoe.ledger.rules.receipt_proof import check_cosignatures, step
 from bmoe.ledger.rules.receipt_votes import (
     AuditedVerdict,
     Statements,
@@ -32,13 +31,11 @@ from bmoe.ledger.rules.receipt_votes import (
 )
 from bmoe.ledger.rules.trust import Trust
 from bmoe.protocol.encoding import read_bstrs
-from bmoe.protocol.errors import BmoeError, ConfigError, ProofError
+from bmoe.protocol.errors import ProofError
 from bmoe.protocol.messages import MAX_TENSORS, H, Member, ModelRelease, Release, Sealed, open_message, tensors_from
 from bmoe.protocol.tensors import Tensor
 
 __all__ = ["Audited", "AuditedVerdict", "check_request", "format_receipt", "merge_receipts", "verify_receipt"]
-
-MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -91,22 +88,6 @@ def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
     return Audited(*facts, *_scope(entry, audited, result), release)
 
 
-def check_cosignatures(receipt: Receipt, trust: Trust) -> tuple[tuple[str, int], ...]:
-    """(validator, POSIX seconds) of each trusted validator that cosigned; raises ProofError below the quorum.
-
-    A line of a key that the policy does not name is ignored, as C2SP asks; one of a named key must verify.
-    """
-    if receipt.checkpoint.origin != trust.origin:
-        raise ProofError(f"the checkpoint is of {receipt.checkpoint.origin!a}, the policy trusts {trust.origin!a}")
-    present = {(s.name, s.key_id) for s in receipt.note.signatures}
-    keys = [key for key in trust.validators if (key.name, key.key_id) in present]
-    cosigned = tuple((key.name, verify_cosignature(receipt.note, key)) for key in keys)
-    if len(cosigned) < trust.quorum:
-        names = ", ".join(name for name, _ in cosigned) or "nobody"
-        raise ProofError(f"a quorum of {trust.quorum} validators must have cosigned, found {len(cosigned)}: {names}")
-    return cosigned
-
-
 def check_request(entry: Answer, release: Release, opening: bytes) -> None:
     """Raise ProofError unless `opening` (salt and input tensors, CBOR byte strings) is the request answered.
 
@@ -126,19 +107,6 @@ def check_request(entry: Answer, release: Release, opening: bytes) -> None:
             raise ProofError("the opening holds more than the request's salt, tensors and shapes")
         if commit_rows("", salt, tensors_from(specs, parts), entry.rows) != entry.request_root:
             raise ProofError("this request is not the one that the answer commits to")
-
-
-@contextlib.contextmanager
-def step(number: int, name: str) -> Iterator[None]:
-    """Name the step in whatever it raises: a ProofError, for malformed content as well."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except BmoeError as error:
-        raise ProofError(f"step {number} ({name}): {error}") from error
-    except MALFORMED as error:
-        raise ProofError(f"step {number} ({name}): malformed content ({type(error).__name__})") from error
 
 
 def _entry(leaf: bytes, trust: Trust, kinds: tuple[type, ...]) -> Verdict | Answer:

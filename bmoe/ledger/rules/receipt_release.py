@@ -11,8 +11,8 @@ from typing import Generic
 
 from bmoe.ledger.rules.entries import ModelEntry, Rejected, ReleaseEntry, parse_entry
 from bmoe.ledger.rules.merkle import leaf_hash, verify_inclusion
-from bmoe.ledger.rules.receipt import check_cosignatures, step
 from bmoe.ledger.rules.receipt_format import Evidence, parse_receipt
+from bmoe.ledger.rules.receipt_proof import check_cosignatures, step
 from bmoe.ledger.rules.trust import Trust
 from bmoe.protocol.errors import ProofError, RefusedError
 from bmoe.protocol.messages import H, ModelRelease, Release, Sealed, open_message
