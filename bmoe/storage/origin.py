@@ -14,6 +14,7 @@ from bmoe.protocol.errors import InputError
 from bmoe.storage.manifest import Model
 from bmoe.storage.targets import experts_and_gate
 
+ORIGIN_NAME = "origin.json"
 MAX_ORIGIN_BYTES = 256 * 1024
 STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
@@ -34,7 +35,8 @@ def make_origin(model: Model, facts: Mapping[str, Any]) -> bytes:
         raise InputError("origin: data is an object of names and SHA-256 digests, code one with uri and commit")
     sources = [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in sorted(data.items())]
     if code:
-        sources.append({"uri": code.get("uri", ""), "digest": {"gitCommit": code.get("commit", "")}})
+        commit = {"digest": {"gitCommit": code["commit"]}} if code.get("commit") else {}
+        sources.append({"uri": code.get("uri", ""), **commit})
     metadata = {
         key: facts[fact] for fact, key in (("started", "startedOn"), ("finished", "finishedOn")) if fact in facts
     }

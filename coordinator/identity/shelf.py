@@ -5,9 +5,8 @@ renewed. Its keys are the registrar's alone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -65,8 +64,9 @@ class Shelf:
         """Put a version into the repository; raises RefusedError for another owner's model, or where keys are missing."""
         statement = origin or make_origin(model, {})
         check_origin(statement, model)
-        async with self._changing("published", model=model.name, version=model.version, owner=owner):
+        async with self._busy:
             await in_thread(lambda: publication.publish(self.repository, owner, model, manifest, self.blobs, statement))
+        self._report("release_published", model=model.name, version=model.version, owner=owner)
 
     async def withdraw(self, model: str, version: int, reason: str) -> tuple[list[str], int]:
         """Take a version back, for good: on the ledger first, so that it counts though the repository be away.
@@ -90,15 +90,17 @@ class Shelf:
         if (model, version) not in state.withdrawn_versions:
             raise UnavailableError(f"the ledger did not accept the withdrawal of {model} {version}: see its log")
         parts = [digest.hex() for digest in digests]
-        async with self._changing("withdrawn", model=model, version=version, reason=reason):
+        async with self._busy:
             await in_thread(lambda: publication.withdraw(self.repository, model, version, parts))
+        self._report("release_withdrawn", model=model, version=version, reason=reason)
         served = state.models.get(model)
         return parts, served.version if served else 0
 
     async def rotate(self, role: str, keys: int, threshold: int) -> dict[str, Any]:
         """Give a role new keys; raises RefusedError or UnknownError as the repository does."""
-        async with self._changing("keys_rotated", role=role, keys=keys, threshold=threshold):
+        async with self._busy:
             old = await in_thread(lambda: self.repository.rotate(role, keys, threshold))
+        self._report("repository_keys_rotated", role=role, keys=keys, threshold=threshold)
         return {"role": role, "keys": keys, "threshold": threshold, "removed": old}
 
     async def list(self) -> list[dict[str, Any]]:
@@ -201,9 +203,3 @@ class Shelf:
         if rolling is not None and rolling.version == version:
             return f"rollout {rolling.stage}"
         return "kept"
-
-    @contextlib.asynccontextmanager
-    async def _changing(self, what: str, **facts: Any) -> AsyncIterator[None]:
-        async with self._busy:
-            yield
-        self._report(f"release_{what}" if what != "keys_rotated" else "repository_keys_rotated", **facts)

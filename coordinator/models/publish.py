@@ -10,13 +10,11 @@ from typing import Any
 from bmoe.protocol.errors import ConfigError, InputError
 from bmoe.protocol.files import sync_folder, write_durably
 from bmoe.storage.manifest import MANIFEST_NAME, Model, load_model, parts, read_part
-from bmoe.storage.origin import MAX_ORIGIN_BYTES, check_origin, make_origin
+from bmoe.storage.origin import MAX_ORIGIN_BYTES, ORIGIN_NAME, check_origin, make_origin
 from bmoe.storage.packaged import packaged
 from coordinator.cli.admin import Admin
 from coordinator.embedded.state_dir import private_dir
 from coordinator.state_layout import StateLayout
-
-ORIGIN_NAME = "origin.json"
 
 
 def model_folder(given: str) -> Path:
