@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bmoe.storage.update_source import Source
 # Left free for the outbox and the log, which matter more than an update.
 SPARE_BYTES = 16 << 20
 READ_BYTES = 1 << 20
+STALE_S = 7 * 24 * 3600
 
 
 def parts_folder(state: Path) -> Path:
@@ -30,11 +32,16 @@ def progress(state: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def check_room(state: Path, sizes: Mapping[str, int]) -> None:
-    """Raise UnavailableError unless the disk takes what is missing and keeps something to spare."""
+    """Raise UnavailableError unless the disk takes what is missing and keeps something to spare.
+
+    What was begun of other updates goes first.
+    """
     missing = sum(size - _have(state, sha256, size) for sha256, size in sizes.items())
-    free = shutil.disk_usage(state).free
-    if missing and missing + SPARE_BYTES > free:
-        raise UnavailableError(f"the disk is full: {missing + SPARE_BYTES} bytes are needed, {free} are free")
+    if missing and missing + SPARE_BYTES > shutil.disk_usage(state).free:
+        _drop(path for path in parts_folder(state).glob("*") if path.name not in sizes)
+        free = shutil.disk_usage(state).free
+        if missing + SPARE_BYTES > free:
+            raise UnavailableError(f"the disk is full: {missing + SPARE_BYTES} bytes are needed, {free} are free")
 
 
 def obtain(source: Source, state: Path, sha256: str, size: int) -> Path:
@@ -82,12 +89,10 @@ def install(state: Path, path: Path, sha256: str, release: bytes) -> None:
     sync_folder(folder)
 
 
-def tidy(state: Path, keep: Iterable[str] = ()) -> None:
-    """Drop parts that no update needs any more."""
-    kept = set(keep)
-    for path in parts_folder(state).glob("*"):
-        if path.name not in kept:
-            path.unlink(missing_ok=True)
+def tidy(state: Path, done: Iterable[str]) -> None:
+    """Drop parts that an update is done with, and those that no update has gone on with for a week."""
+    finished, stale = set(done), time.time() - STALE_S
+    _drop(p for p in parts_folder(state).glob("*") if p.name in finished or p.stat().st_mtime < stale)
 
 
 def digest_of(path: Path) -> str:
@@ -97,6 +102,11 @@ def digest_of(path: Path) -> str:
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _drop(paths: Iterable[Path]) -> None:
+    for path in list(paths):
+        path.unlink(missing_ok=True)
 
 
 def _append(source: Source, handle: int, path: str, have: int, size: int) -> None:

@@ -30,6 +30,8 @@ from bmoe.storage.targets import (
     part_targets,
 )
 
+PARTS = (".onnx", ".npz")
+
 
 @dataclass(frozen=True)
 class Published:
@@ -79,12 +81,16 @@ def withdraw(repository: Repository, model: str, version: int, digests: Sequence
     """
 
     def edit(roles: Roles) -> None:
-        golden = _goldens(repository, roles, model, version, set(digests))
         gone = {manifest_target(model, version), origin_target(model, version)}
+        needed: set[str] = set()
+        for other in versions(roles):
+            if other.model == model and other.version != version:
+                needed.update(part_targets(read_version(repository, roles, model, other.version)[1]))
         for name, owner in roles.owners.items():
             targets = owner.signed.targets
             for path in list(targets):
-                if path in gone or targets[path].hashes["sha256"] in {*digests, *golden}:
+                orphan = path.startswith(f"{model}/") and path.endswith(PARTS) and path not in needed
+                if path in gone or orphan or targets[path].hashes["sha256"] in digests:
                     del targets[path]
                     roles.changed.add(name)
 
@@ -160,15 +166,6 @@ def _metadata_paths(roles: Roles, found: Published) -> Iterator[str]:
     yield metadata_path("timestamp")
     for role in ("snapshot", "targets", OWNER_PREFIX + found.owner):
         yield metadata_path(f"{roles.named(role).signed.version}.{role}")
-
-
-def _goldens(repository: Repository, roles: Roles, model: str, version: int, digests: set[str]) -> set[str]:
-    try:
-        _, manifest = read_version(repository, roles, model, version)
-    except UnknownError:
-        return set()
-    parts = (*manifest.experts, manifest.gate)
-    return {p.golden.sha256 for p in parts if p is not None and p.golden is not None and p.sha256 in digests}
 
 
 def _target(path: str, size: int, sha256: str, custom: dict[str, Any] | None = None) -> TargetFile:

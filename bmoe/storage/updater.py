@@ -129,8 +129,9 @@ def _apply(
     known = read_record(state, wanted.model)
     if known is not None and known.current == version and all(_there(state, p) for p in version.parts):
         return Installed(wanted.model, wanted.version, known.previous.version if known.previous else 0, False)
-    paths = {}
+    at("download")
     check_room(state, files)
+    paths = {}
     for sha256, size in files.items():
         at("download")
         paths[sha256] = obtain(source, state, sha256, size)
@@ -145,7 +146,7 @@ def _apply(
         install(state, paths[part.sha256], part.sha256, releases[part.sha256])
     at("switch")
     record = switch(state, wanted.model, version)
-    tidy(state)
+    tidy(state, (version.manifest, *files))
     at("done")
     return Installed(wanted.model, wanted.version, record.previous.version if record.previous else 0)
 

@@ -139,7 +139,8 @@ class Registrar:
         digest = hashlib.sha256(manifest).digest()
         if _published(self._desk.state, model, digest):
             # Again, for what a crash may have kept from the repository.
-            await self._shelf.put(model, manifest, owner, origin)
+            with contextlib.suppress(UnavailableError):
+                await self._shelf.put(model, manifest, owner, origin)
             return 0
         check_publishable(self._desk.state, model)
         now_ms = time.time_ns() // 1_000_000

@@ -27,7 +27,8 @@ _MODEL = re.compile(r"(receipts|statements)/models/([a-z0-9-]{1,64})/([0-9]{1,10
 
 def add_repository_routes(app: FastAPI, fleet: Fleet, shelf: Shelf) -> None:
     """Add the one route."""
-    app.add_route("/v1/repository/{path:path}", partial(_serve, fleet, shelf), ["GET"])
+    path, method = ("/v1/repository/{path:path}", "GET")
+    app.add_route(path, partial(_serve, fleet, shelf), [method])
 
 
 async def _serve(fleet: Fleet, shelf: Shelf, request: Request) -> Response:

@@ -56,9 +56,14 @@ class Shelf:
         self._busy = asyncio.Lock()
 
     async def open(self) -> None:
-        """Found the repository at the first start; raises ConfigError where it is damaged, UnavailableError where away."""
-        if await in_thread(self.repository.found):
-            self._report("repository_founded", place=self._settings.repository or str(self.blobs.parent / "repository"))
+        """Found the repository at the first start; raises ConfigError where it is damaged.
+
+        A store that is away holds up publications, not the gateway: it is tried again, see `keep_fresh`.
+        """
+        try:
+            await self._found()
+        except UnavailableError as error:
+            self._report("repository_renewal_failed", reason=str(error))
 
     async def put(self, model: Model, manifest: bytes, owner: str, origin: bytes) -> None:
         """Put a version into the repository; raises RefusedError for another owner's model, or where keys are missing."""
@@ -169,12 +174,17 @@ class Shelf:
         while True:
             try:
                 async with self._busy:
+                    await self._found()
                     renewed = await in_thread(self.repository.refresh)
                 if renewed:
                     self._report("repository_renewed", roles=renewed)
             except BmoeError as error:
                 self._report("repository_renewal_failed", reason=str(error))
             await asyncio.sleep(LOOK_S)
+
+    async def _found(self) -> None:
+        if await in_thread(self.repository.found):
+            self._report("repository_founded", place=self._settings.repository or str(self.blobs.parent / "repository"))
 
     def _known(self, kind: str, name: str) -> bool:
         return self.statement(kind, name) is not None

@@ -31,7 +31,7 @@ SOURCES = {
 CODE = re.compile(r"`([^`\n]+)`")
 OF_A_STATE_DIRECTORY = {f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json")}
 OPTIONS = {"BMOE_API_TOKEN", "BMOE_JOIN_TOKEN", "BMOE_WIFI_PASSWORD"}  # variables of options, not of settings
-GROUPS = ("token", "device", "api-token", "tenant", "boards")
+GROUPS = ("token", "device", "api-token", "tenant", "boards", "model", "release")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
 

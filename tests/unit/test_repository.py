@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from release_site import (
     Site,
+    golden_of,
+    linear,
     parts_of,
     unsynced,  # noqa: F401  a fixture
 )
@@ -144,6 +146,16 @@ def test_withdrawn_parts_are_gone_and_shared_ones_stay(site: Site) -> None:
     assert site.update(1) == Installed("lines", 1, 0)
     with pytest.raises(UnknownError, match="lines version 2 is not in the repository"):
         bundle(site.repository, "lines", 2)
+
+
+def test_a_golden_pair_that_two_versions_have_stays_with_the_one_that_stands(site: Site) -> None:
+    """The same weights exported anew: another file, the same golden pair."""
+    onnx, w = linear(1)
+    again, _ = linear(1, padding=64)
+    site.release(site.model(1, site.expert(onnx, golden_of(w))))
+    model = site.release(site.model(2, site.expert(again, golden_of(w))))
+    withdraw(site.repository, "lines", 2, parts_of(model))
+    assert site.update(1) == Installed("lines", 1, 0)
 
 
 @pytest.mark.parametrize(("keys", "threshold"), [(0, 0), (1, 2), (2, 0), (17, 1)])
