@@ -51,8 +51,6 @@ def write_model(folder: Path, version: int) -> np.ndarray:
 async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalFleet]:
     folder = tmp_path_factory.mktemp("releases")
     fleet = LocalFleet(folder / "fleet", [AgentSpec("board-1", "owner-1"), AgentSpec("board-2", "owner-2")])
-    fleet.state.mkdir(parents=True)
-    (fleet.state / "gateway.toml").write_text("models = []\n")
     async with fleet:
         await fleet.start()
         yield fleet

@@ -24,6 +24,7 @@ from bmoe.storage.blobs import FolderStore, read_whole
 from bmoe.storage.golden import write_golden
 from bmoe.storage.installed import read_record
 from bmoe.storage.manifest import Expert, Golden, Model, TensorSpec, manifest_digest, render_manifest
+from bmoe.storage.origin import make_origin
 from bmoe.storage.publication import publish
 from bmoe.storage.repository import Repository
 from bmoe.storage.repository_keys import KeyFolder
@@ -109,7 +110,7 @@ class Site:
     def release(self, model: Model, owner: str = "ada", enter: bool = True) -> Model:
         """Publish in the repository, and enter on the ledger."""
         manifest = render_manifest(model)
-        publish(self.repository, owner, model, manifest, self.blobs, b"{}")
+        publish(self.repository, owner, model, manifest, self.blobs, make_origin(model, {}))
         if enter:
             self.enter(model, owner)
         return model
