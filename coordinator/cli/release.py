@@ -44,8 +44,8 @@ def publish(
     typer.echo(f"published {name} at ledger position {reply['position']}")
     if not reply["final"]:
         typer.echo("it is not final yet: boards take it once a quorum of validators has cosigned it")
-    if not serve:
-        typer.echo(f"a version that follows another waits for its rollout: bmoe rollout start {reply['model']}")
+    if reply["held"]:
+        typer.echo(f"version {reply['version']} waits for its rollout: bmoe rollout start {reply['model']}")
 
 
 @release_app.command("list")

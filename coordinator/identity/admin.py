@@ -127,7 +127,8 @@ async def _publish_model(desk: Desk, request: Request) -> dict[str, Any]:
     position = await desk.publish(model, manifest, str(owner), hold, await _origin(desk, request))
     desk.fleet.report("model_published", model=model.name, version=model.version, owner=owner, position=position)
     final = desk.shelf is None or await desk.shelf.final(model.name, model.version)
-    return {"model": model.name, "version": model.version, "position": position, "final": final}
+    held = desk.shelf is not None and desk.shelf.held(model.name, model.version)
+    return {"model": model.name, "version": model.version, "position": position, "final": final, "held": held}
 
 
 async def _origin(desk: Desk, request: Request) -> bytes:

@@ -150,6 +150,10 @@ class Shelf:
                 return True
         return False
 
+    def held(self, model: str, version: int) -> bool:
+        """Whether a version is kept out of use until its rollout is done."""
+        return (model, version) in self._desk.state.held
+
     async def receipt(self, kind: str, name: str) -> bytes:
         """The receipt of a "release" (SHA-256) or a "model" (NAME VERSION); raises UnknownError, UnavailableError."""
         return await gather(self._stream, self._desk.state.validators, kind, name, self._known(kind, name))
