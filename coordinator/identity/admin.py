@@ -126,7 +126,8 @@ async def _publish_model(desk: Desk, request: Request) -> dict[str, Any]:
     hold = request.query_params.get("hold") == "true"
     position = await desk.publish(model, manifest, str(owner), hold, await _origin(desk, request))
     desk.fleet.report("model_published", model=model.name, version=model.version, owner=owner, position=position)
-    final = desk.shelf is None or await desk.shelf.final(model.name, model.version)
+    # One that was there before is not waited for: a gateway starts though its validators be away.
+    final = desk.shelf is None or await desk.shelf.final(model.name, model.version, wait=position > 0)
     held = desk.shelf is not None and desk.shelf.held(model.name, model.version)
     return {"model": model.name, "version": model.version, "position": position, "final": final, "held": held}
 

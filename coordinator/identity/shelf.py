@@ -31,6 +31,7 @@ from coordinator.state_layout import StateLayout
 
 LOOK_S = 3600.0
 FINAL_S = 10.0
+AGAIN_S = 0.1
 
 
 def open_repository(settings: GatewaySettings) -> Repository:
@@ -140,15 +141,16 @@ class Shelf:
             shown = await in_thread(read)
         return {**shown, "state": self._state_of(model, version), "final": await self._is_final(model, version)}
 
-    async def final(self, model: str, version: int) -> bool:
+    async def final(self, model: str, version: int, wait: bool = True) -> bool:
         """Whether the entry of a version is final, within a few seconds; at once where `committed` is enough."""
         if self._settings.release_assurance == "committed":
             return True
         deadline = time.monotonic() + FINAL_S
-        while time.monotonic() < deadline:
-            if await self._is_final(model, version):
-                return True
-        return False
+        while not await self._is_final(model, version):
+            if not wait or time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(AGAIN_S)
+        return True
 
     def held(self, model: str, version: int) -> bool:
         """Whether a version is kept out of use until its rollout is done."""

@@ -59,7 +59,7 @@ class Site:
     async def start_registrar(self) -> None:
         self._stop = asyncio.Event()
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        registrar = Registrar(load_settings(state=self.state), self._report)
+        registrar = Registrar(load_settings(state=self.state, release_assurance="committed"), self._report)
         self._running = asyncio.create_task(registrar.run(self._stop, ready.set_result))
         waiting: set[asyncio.Future[Any]] = {self._running, ready}
         await asyncio.wait(waiting, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)
