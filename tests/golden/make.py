@@ -97,6 +97,14 @@ def _statements() -> dict[str, Header]:
             **registrar, model="toy", version=3, manifest=bytes([0x3A] * 32), gate=GATE, experts=(EXPERT,), top_k=1,
             combine="weighted_sum", cacheable=False, issued_ms=TIME_MS,
         ),
+        "update": messages.Update(
+            **coordinator, agent="agent-1", rollout=bytes(range(64, 80)), model="toy", version=3, digests=(EXPERT,),
+            carrier="flower", superlink="192.0.2.7:9443", issued_ms=TIME_MS,
+        ),
+        "installed": messages.Installed(
+            **agent, rollout=bytes(range(64, 80)), model="toy", version=3, state="refused", reason="self-test: y differs",
+            carrier="flower",
+        ),
     }  # fmt: skip
 
 
