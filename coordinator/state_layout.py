@@ -88,6 +88,16 @@ class StateLayout:
         return self.identity / "repository"
 
     @property
+    def rollouts(self) -> Path:
+        """Plans of rollouts, and what only their driver needs to know; where they stand the ledger says."""
+        return self.root / "coordinator" / "rollouts.json"
+
+    @property
+    def flower(self) -> Path:
+        """The SuperLink's folder, made by the first rollout."""
+        return self.root / "flower"
+
+    @property
     def ports(self) -> Path:
         """The ports in use, remembered."""
         return self.root / "ports.json"

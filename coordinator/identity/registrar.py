@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -202,7 +201,7 @@ class Registrar:
         identity, desk = self.identity, self._desk
         tokens = TokenStore(identity.folder / "tokens.db")
         stack.callback(tokens.close)
-        dialled = _dialled(self.settings)
+        dialled = self.settings.agents_dial
         fleet = Fleet(
             authority=identity.authority,
             directory=self.directory,
@@ -258,13 +257,6 @@ _OPEN = {"nats": Registrar._open_nats, "mosquitto": Registrar._open_mosquitto}
 def _published(state: State, model: Model, digest: bytes) -> bool:
     found = state.versions.get((model.name, model.version))
     return found is not None and found.manifest == digest
-
-
-def _dialled(settings: GatewaySettings) -> str:
-    """What agents dial: the first public name, else where we listen, else this machine's name."""
-    if settings.public_hosts:
-        return settings.public_hosts[0]
-    return socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
 
 
 async def _serve(settings: GatewaySettings, report: Report) -> None:
