@@ -140,6 +140,22 @@ class Client:
         """The gateway's figures."""
         return self._json("GET", "/v1/statistics")
 
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The latest rollout of each model: its stage, its wave, what was seen of it, and why it ended."""
+        return list(self._json("GET", "/v1/rollouts").get("rollouts", ()))
+
+    def start_rollout(
+        self, model: str, version: int | None = None, plan: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Begin to bring a published version to the fleet; `plan` as coordinator/rollout/plan.py has it."""
+        body = json.dumps({"model": model, "version": version, "plan": dict(plan or {})}).encode()
+        return self._json("POST", "/v1/rollouts", body)
+
+    def act_on_rollout(self, model: str, what: str, reason: str = "") -> dict[str, Any]:
+        """pause, resume or abort the rollout of a model that is under way."""
+        body = json.dumps({"reason": reason}).encode()
+        return self._json("POST", f"/v1/rollouts/{_quoted(model)}/{what}", body)
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()

@@ -166,7 +166,7 @@ async def carry_releases(
 ) -> None:
     """Once a rollout wants Flower, start the SuperLink and the process beside it; for ever waiting where it is absent."""
     flower = FlowerLayout(layout.flower)
-    while not (has_flower() and flower.wanted.exists()):
+    while not (has_flower() and flower.wanted.exists()):  # noqa: ASYNC110 (another process has no event)
         await asyncio.sleep(FLOWER_LOOK_S)
     flower.prepare(port, layout.ca)
     while True:

@@ -53,6 +53,11 @@ class AgentSettings(BaseSettings):
     notice_wait_s: int = Field(30, ge=1, description="How long after its deadline a task's notice may take.")
     health_every_s: float = Field(10.0, gt=0, le=3600, description="Pause between health messages.")
     keepalive_s: int = Field(20, ge=2, le=600, description="MQTT keepalive.")
+    updates: str = Field(
+        "auto",
+        pattern="^(auto|https|off)$",
+        description="How releases of a rollout come: auto (by Flower where it is installed, else HTTPS), https, or off.",
+    )
     source_local: bool = Field(
         False, description="A source is answered by this board alone, unverified, where the gateway cannot be asked."
     )

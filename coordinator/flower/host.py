@@ -52,12 +52,13 @@ async def serve(state: Path) -> None:
         notify_ready(port=port)
         duties = {asyncio.create_task(_register(flower)), asyncio.create_task(_run_app(flower))}
         stopping = asyncio.create_task(stop.wait())
-        done, _ = await asyncio.wait({stopping, *duties}, return_when=asyncio.FIRST_COMPLETED)
-        for task in duties - done:
+        await asyncio.wait({stopping, *duties}, return_when=asyncio.FIRST_COMPLETED)
+        failed = [duty for duty in duties if duty.done()]
+        for task in (stopping, *duties):
             task.cancel()
         await asyncio.gather(*duties, return_exceptions=True)
         await proxy.close()
-        for task in done - {stopping}:
+        for task in failed:
             task.result()
 
 

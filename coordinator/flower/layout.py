@@ -15,8 +15,8 @@ from coordinator.embedded.state_dir import private_dir
 CONNECTION = "bmoe"
 APP = {
     "bmoe_releases/__init__.py": '"""The app that carries releases: its code is installed with bmoe."""\n',
-    "bmoe_releases/server_app.py": "from coordinator.flower.bridge import app\n\n__all__ = [\"app\"]\n",
-    "bmoe_releases/client_app.py": "from edge_agent.flower.client import app\n\n__all__ = [\"app\"]\n",
+    "bmoe_releases/server_app.py": 'from coordinator.flower.bridge import app\n\n__all__ = ["app"]\n',
+    "bmoe_releases/client_app.py": 'from edge_agent.flower.client import app\n\n__all__ = ["app"]\n',
     "pyproject.toml": """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import structlog
 from cryptography.hazmat.primitives import serialization

@@ -28,7 +28,7 @@ def superlink_child(layout: FlowerLayout, port: int, tls: TlsFiles, log: Path) -
     program = flower_program("flower-superlink")
 
     async def ready() -> Mapping[str, Any] | None:
-        while not await asyncio.to_thread(healthy, port, tls.ca):
+        while not await asyncio.to_thread(healthy, port, tls.ca):  # noqa: ASYNC110 (another process has no event)
             await asyncio.sleep(LOOK_S)
         return {"port": port}
 

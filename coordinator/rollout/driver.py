@@ -16,6 +16,7 @@ from typing import Any
 import structlog
 
 from bmoe.ledger.rules.entries import Rollout
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.releases import ENDED, under_way
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import BmoeError, RefusedError, UnknownError
@@ -23,7 +24,7 @@ from bmoe.protocol.messages import Installed
 from bmoe.protocol.text import plain
 from coordinator.catalogue import Catalogue
 from coordinator.fleet import Fleet
-from coordinator.jobs import Answered, Request, ServedModel
+from coordinator.jobs import Answered, Request
 from coordinator.rollout.carrier import Carrier
 from coordinator.rollout.machine import Facts, Progress, end, pause, resume, serving_share, step
 from coordinator.rollout.plan import Agent, Plan
@@ -64,7 +65,7 @@ class Rollouts:
         spawn: Callable[[Awaitable[None]], object],
         at_once: int,
     ) -> None:
-        self._state, self._fleet, self._catalogue, self._plans = state, fleet, catalogue, plans
+        self.state, self._fleet, self._catalogue, self._plans = state, fleet, catalogue, plans
         self._enter, self._trial, self._spawn, self._at_once = enter, trial, spawn, at_once
         self._courses: dict[bytes, _Course] = {}
         self._random = random.SystemRandom()
@@ -74,10 +75,10 @@ class Rollouts:
     async def run(self) -> None:
         """For ever: a look at each rollout a second."""
         while True:
-            for entry in list(self._state.rollouts.values()):
+            for entry in list(self.state.rollouts.values()):
                 try:
                     async with self._turn:
-                        await self._look(self._state.rollouts[entry.model])
+                        await self._look(self.state.rollouts[entry.model])
                 except (BmoeError, OSError) as error:
                     log.error("rollout_stuck", rollout=entry.rollout.hex(), model=entry.model, error=str(error))
             await asyncio.sleep(TICK_S)
@@ -87,26 +88,28 @@ class Rollouts:
     async def start(self, model: str, version: int | None, plan: Plan) -> Rollout:
         """Begin to roll out a version, by default the newest that is held or in use. Raises UnknownError, RefusedError."""
         async with self._turn:
-            known = under_way(self._state, model)
+            known = under_way(self.state, model)
             if known is not None and (known.stage != "paused" or known.wave):
                 raise RefusedError(f"rollout {known.rollout.hex()} of {model} is under way: let it end, or abort it")
             if version is None:
-                numbers = [number for name, number in self._state.versions if name == model]
+                numbers = [number for name, number in self.state.versions if name == model]
                 version = known.version if known is not None else max(numbers, default=0)
-            if (model, version) not in self._state.versions:
+            if (model, version) not in self.state.versions:
                 raise UnknownError(f"{model[:64]!r} version {version} is not on the ledger: publish it first")
             if known is not None and known.version != version:
-                raise RefusedError(f"{model} version {known.version} is held for its rollout: start or abort that first")
+                raise RefusedError(
+                    f"{model} version {known.version} is held for its rollout: start or abort that first"
+                )
             rollout = known.rollout if known is not None else os.urandom(16)
             progress = Progress("canary", since=time.time())
             self._plans.put(rollout, plan, progress)
             await self._write(rollout, model, version, progress)
-        return self._state.rollouts[model]
+        return self.state.rollouts[model]
 
     async def act(self, model: str, what: str, reason: str) -> Rollout:
         """Pause, resume or abort the rollout of a model. Raises UnknownError, RefusedError."""
         async with self._turn:
-            known = under_way(self._state, model)
+            known = under_way(self.state, model)
             if known is None:
                 raise UnknownError(f"no rollout of {model[:64]!r} is under way")
             before = self._plans.progress(known, time.time())
@@ -119,26 +122,37 @@ class Rollouts:
                 raise RefusedError(f"the rollout of {model} is {before.stage}: there is nothing to {what}")
             self._plans.put(known.rollout, self._plans.plan(known.rollout), after)
             await self._write(known.rollout, model, known.version, after)
-        return self._state.rollouts[model]
+        return self.state.rollouts[model]
 
     def table(self) -> list[dict[str, Any]]:
         """The latest rollout of each model, for operators."""
-        return [self._row(entry) for _, entry in sorted(self._state.rollouts.items())]
+        return [self._row(entry) for _, entry in sorted(self.state.rollouts.items())]
+
+    def wants_flower(self) -> bool:
+        """Whether a rollout under way may use Flower."""
+        entries = [
+            entry for entry in self.state.rollouts.values() if entry.stage not in ENDED and entry.stage != "paused"
+        ]
+        return any(self._plans.plan(entry.rollout).over == "auto" for entry in entries)
 
     # What the gateway tells and asks.
 
-    def pick(self, name: str) -> ServedModel:
+    def pick(self, name: str) -> ReleasedModel:
         """The version that answers a request: the one in use, or by its share the one being rolled out."""
-        entry = self._state.rollouts.get(name)
+        entry = self.state.rollouts.get(name)
         course = self._courses.get(entry.rollout) if entry is not None else None
-        if entry is not None and course is not None and course.share and entry.stage not in ENDED:
-            if self._random.random() < course.share:
-                return self._catalogue.version(name, entry.version)
+        if (
+            entry is not None
+            and course is not None
+            and entry.stage not in ENDED
+            and self._random.random() < course.share
+        ):
+            return self._catalogue.version(name, entry.version)
         return self._catalogue.get(name)
 
     def answered(self, answered: Answered) -> None:
         """Try an answered request on the new version too, now and then, while canaries are watched."""
-        entry = self._state.rollouts.get(answered.request.model.name)
+        entry = self.state.rollouts.get(answered.request.model.name)
         course = self._courses.get(entry.rollout) if entry is not None else None
         if entry is None or course is None or entry.stage != "canary" or not self._holders(entry, course):
             return
@@ -180,7 +194,7 @@ class Rollouts:
             self._plans.put(entry.rollout, plan, after)
         if (after.stage, after.wave) != (progress.stage, progress.wave):
             await self._write(entry.rollout, entry.model, entry.version, after)
-            entry = self._state.rollouts[entry.model]
+            entry = self.state.rollouts[entry.model]
             if entry.stage in ENDED:
                 return self._ended(entry)
         course.share = serving_share(after, agents)
@@ -193,7 +207,7 @@ class Rollouts:
         course = self._courses.get(entry.rollout)
         if course is None or course.stage != entry.stage:
             acks = course.acks if course is not None else {}
-            watch = watch_of(self._state.versions[(entry.model, entry.version)], self._state.models[entry.model])
+            watch = watch_of(self.state.versions[(entry.model, entry.version)], self.state.models[entry.model])
             course = self._courses[entry.rollout] = _Course(watch, entry.stage, acks=acks)
         return course
 
@@ -210,8 +224,8 @@ class Rollouts:
 
     def _agents(self, course: _Course) -> dict[str, Agent]:
         found = {}
-        for name, record in self._state.agents.items():
-            member, presence, said = self._state.members[name], self._fleet.of(name), course.acks.get(name)
+        for name, record in self.state.agents.items():
+            member, presence, said = self.state.members[name], self._fleet.of(name), course.acks.get(name)
             found[name] = Agent(
                 name, presence.status.board if presence.status else "", member.owner, member.batch, presence.online,
                 record.standing.in_service, said is not None and said.state == "installed",
@@ -231,13 +245,15 @@ class Rollouts:
         """Enter where it stands, and wait until we have read it back; raises RefusedError where the rules said no."""
         facts = {"rollout": rollout, "model": model, "version": version, "wave": progress.wave, "stage": progress.stage}
         await self._enter({**facts, "reason": plain(progress.reason, 200)})
-        found = self._state.rollouts.get(model)
+        found = self.state.rollouts.get(model)
         if found is None or (found.rollout, found.stage, found.wave) != (rollout, progress.stage, progress.wave):
-            raise RefusedError(f"the ledger's rules refuse {progress.stage} for {model} {version}: see its rejected entries")
+            raise RefusedError(
+                f"the ledger's rules refuse {progress.stage} for {model} {version}: see its rejected entries"
+            )
         log.info("rollout", rollout=rollout.hex(), model=model, version=version, stage=progress.stage,
                  wave=len(progress.wave), reason=progress.reason)  # fmt: skip
 
-    async def _try(self, answered: Answered, model: ServedModel, course: _Course) -> None:
+    async def _try(self, answered: Answered, model: ReleasedModel, course: _Course) -> None:
         course.trials += 1
         try:
             if not comparable(answered.request.model, model):
@@ -255,8 +271,8 @@ class Rollouts:
         course, plan = self._courses.get(entry.rollout), self._plans.plan(entry.rollout)
         row: dict[str, Any] = {
             "rollout": entry.rollout.hex(), "model": entry.model, "version": entry.version, "stage": entry.stage,
-            "reason": entry.reason, "wave": list(entry.wave), "agents": len(self._state.agents),
-            "at": entry.time_ms, "in_use": self._state.models[entry.model].version if entry.model in self._state.models else 0,
+            "reason": entry.reason, "wave": list(entry.wave), "agents": len(self.state.agents),
+            "at": entry.time_ms, "in_use": self.state.models[entry.model].version if entry.model in self.state.models else 0,
         }  # fmt: skip
         if course is not None:
             new, used = course.watch.of_new, course.watch.of_used

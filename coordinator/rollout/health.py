@@ -66,7 +66,11 @@ def harm(new: Figures, used: Figures, limits: Limits) -> str:
         return ""
     checks = (
         ("outputs dissent", _share(new.dissent, new.outputs), _share(used.dissent, used.outputs) + limits.dissent),
-        ("tasks end without a verdict", _share(new.failed, new.tasks), _share(used.failed, used.tasks) + limits.failures),
+        (
+            "tasks end without a verdict",
+            _share(new.failed, new.tasks),
+            _share(used.failed, used.tasks) + limits.failures,
+        ),
         ("answers differ from those of the version in use", _share(new.differing, new.rows), limits.disagreement),
     )
     for what, found, allowed in checks:

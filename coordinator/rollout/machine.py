@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from coordinator.rollout.health import Figures, harm, known_well
 from coordinator.rollout.plan import Agent, Plan, first_wave, open_now, second_wave
 
+NOTHING = Figures()
 UNDER_WAY = ("canary", "share", "all")
 ENDED = ("done", "rolled-back", "aborted")
 REASON_MAX = 200
@@ -42,8 +43,8 @@ class Facts:
 
     time_s: float
     agents: Mapping[str, Agent]
-    new: Figures = Figures()
-    used: Figures = Figures()
+    new: Figures = NOTHING
+    used: Figures = NOTHING
 
 
 def step(progress: Progress, plan: Plan, facts: Facts) -> Progress:

@@ -27,9 +27,7 @@ class Parcel:
         return dict(self.blobs)
 
 
-def make_parcel(
-    files: Mapping[str, bytes], blobs: Iterable[tuple[str, int]], out: Path, folder: Path
-) -> Parcel:
+def make_parcel(files: Mapping[str, bytes], blobs: Iterable[tuple[str, int]], out: Path, folder: Path) -> Parcel:
     """Write the small files under `out`; the blobs lie in `folder`. Raises UnavailableError where one is missing."""
     paths = {}
     for name, data in files.items():

@@ -57,7 +57,9 @@ class Plan:
         for selector in self.canary:
             kind, colon, value = selector.partition(":")
             if kind not in SELECTORS or not colon or not value:
-                raise InputError(f"agents are selected by {', '.join(SELECTORS)} and a value (board:rpi5), found {selector!r}")
+                raise InputError(
+                    f"agents are selected by {', '.join(SELECTORS)} and a value (board:rpi5), found {selector!r}"
+                )
         for window in self.windows:
             if not _WINDOW.fullmatch(window):
                 raise InputError(f"an update window is spelled 22:00-04:30 (UTC), found {window!r}")
@@ -81,7 +83,9 @@ def parse_plan(given: Mapping[str, Any]) -> Plan:
 def _typed(cls: type[Any], given: Mapping[str, Any]) -> Any:
     known = {f.name: f for f in fields(cls)}
     if not isinstance(given, Mapping) or (strange := sorted(set(given) - set(known))):
-        raise InputError(f"a rollout's plan has no {', '.join(map(str, strange)) if isinstance(given, Mapping) else given!r}")
+        raise InputError(
+            f"a rollout's plan has no {', '.join(map(str, strange)) if isinstance(given, Mapping) else given!r}"
+        )
     values = {}
     for name, value in given.items():
         expected = str(known[name].type)

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.protocol.tensors import Tensor, take_rows
-from coordinator.jobs import Answered, Request, ServedModel
+from coordinator.jobs import Answered, Request
 
 TENANT = "rollout"
 ROWS_MAX = 8
@@ -16,7 +17,7 @@ ROWS_MAX = 8
 RELATIVE = 0.1
 
 
-def trial_request(answered: Answered, model: ServedModel) -> Request:
+def trial_request(answered: Answered, model: ReleasedModel) -> Request:
     """The first rows of an answered request, for the new version."""
     request = answered.request
     rows = min(request.rows, ROWS_MAX) if request.model.batch else request.rows
@@ -26,10 +27,10 @@ def trial_request(answered: Answered, model: ServedModel) -> Request:
     return replace(request, model=model, tensors=tensors, rows=rows, tenant=TENANT)
 
 
-def comparable(old: ServedModel, new: ServedModel) -> bool:
+def comparable(old: ReleasedModel, new: ReleasedModel) -> bool:
     """Whether both versions take and give tensors of the same names, types and shapes."""
 
-    def shape(model: ServedModel) -> object:
+    def shape(model: ReleasedModel) -> object:
         expert = model.experts[0]
         return expert.batch, expert.inputs, [output[:3] for output in expert.outputs]
 

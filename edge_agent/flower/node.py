@@ -75,12 +75,14 @@ def supernode_key(state: Path) -> str:
     path = key_path(state)
     try:
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
+        if not isinstance(key, ec.EllipticCurvePrivateKey):
+            raise ValueError
     except (FileNotFoundError, ValueError):
         key = ec.generate_private_key(ec.SECP384R1())
         forms = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         write_durably(path, key.private_bytes(*forms), mode=0o600)
-    forms = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    return key.public_key().public_bytes(*forms).decode()
+    public = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
+    return key.public_key().public_bytes(*public).decode()
 
 
 def key_path(state: Path) -> Path:

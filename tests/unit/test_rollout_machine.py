@@ -149,7 +149,10 @@ def test_a_plan_survives_its_file() -> None:
 facts = st.builds(
     lambda t, states, tasks, failed, dissent, differing: Facts(
         NOON + t,
-        {f"edge-{i:02d}": Agent(f"edge-{i:02d}", online=s[0], holds=s[1], fit=s[2], refused="no" * s[3]) for i, s in enumerate(states)},
+        {
+            f"edge-{i:02d}": Agent(f"edge-{i:02d}", online=s[0], holds=s[1], fit=s[2], refused="no" * s[3])
+            for i, s in enumerate(states)
+        },
         Figures(tasks, failed, tasks, dissent, (0.01,), tasks, differing),
         GOOD,
     ),
