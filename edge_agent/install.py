@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bmoe.storage.update_source import Source
+from bmoe.storage.download import progress
+from bmoe.storage.update_source import Received, Source
 from bmoe.storage.updater import Installed, apply
 from bmoe.storage.updater import Wanted as Version
-from edge_agent.self_test import self_test
+from edge_agent.self_test import reproduces_golden
 from edge_agent.trusted import trusted
 from edge_agent.wanted import Result, Wanted, write_result
+
+__all__ = ["Received", "Source", "install", "progress"]
 
 
 def install(state: Path, wanted: Wanted, source: Source) -> Result:
     """What became of it, kept on disk unless it may become better: "failed" is tried again."""
-    found = apply(source, state, Version(wanted.model, wanted.version), trusted(state), self_test)
+    found = apply(source, state, Version(wanted.model, wanted.version), trusted(state), reproduces_golden)
     if isinstance(found, Installed):
         result = Result(wanted.rollout, "installed")
     else:

@@ -37,6 +37,8 @@ from coordinator import logs
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
+from coordinator.flower.layout import FlowerLayout
+from coordinator.flower.register import ask_for
 from coordinator.identity.admin import Desk, add_admin_routes
 from coordinator.identity.broker import connected
 from coordinator.identity.callout import Callout
@@ -219,6 +221,7 @@ class Registrar:
             models=desk.state.model_statements.get,
             withdrawn=desk.state.withdrawn,
             admit=self._admit,
+            supernode=partial(ask_for, FlowerLayout(self.layout.flower)),
         )
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"

@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bmoe.protocol.errors import BmoeError, InputError, LedgerError, MessageError, RefusedError, UnavailableError
+from coordinator.flower.register import check_supernode_key
 from coordinator.identity.admission import facts_of, identify
 from coordinator.identity.authority import Authority
 from coordinator.identity.blobs import is_hex_digest, serve_blob
@@ -52,6 +53,7 @@ class Fleet:
     """All that the handlers ask: `releases`, `evidence` and `models` give bytes by digest, task id and name, or None.
 
     `withdrawn` holds the digests of experts taken back: agents get neither release nor blob.
+    `supernode(device, key)` notes the key of a device's SuperNode, and says whether it is registered with the SuperLink.
     `admit()` returns once the broker knows of a session whose certificate was issued.
     """
 
@@ -70,6 +72,7 @@ class Fleet:
     models: Callable[[str], bytes | None] = lambda name: None
     withdrawn: Container[bytes] = ()
     admit: Callable[[], Awaitable[None]] = nothing
+    supernode: Callable[[str, str], bool] = lambda device, key: False
 
 
 def make_app(fleet: Fleet) -> FastAPI:
@@ -85,6 +88,7 @@ def make_app(fleet: Fleet) -> FastAPI:
         ("/v1/enrol", "POST", partial(_enrol, fleet, failures)),
         ("/v1/token-check", "POST", partial(_token_check, fleet, failures)),
         ("/v1/renew", "POST", partial(_renew, fleet)),
+        ("/v1/supernode", "POST", partial(_supernode, fleet)),
         ("/v1/members", "GET", partial(_members, fleet)),
         ("/v1/releases/{digest}", "GET", partial(_release, fleet)),
         ("/v1/models/{model}", "GET", partial(_model, fleet)),
@@ -110,6 +114,14 @@ async def _renew(fleet: Fleet, request: Request) -> Response:
         await fleet.admit()
     fleet.report("certificate_renewed", device=known.name, session=session)
     return JSONResponse({"certificate": certificate.decode()})
+
+
+async def _supernode(fleet: Fleet, request: Request) -> Response:
+    known = peer(fleet, request)
+    if known.role != "agent":
+        raise RefusedError(f"a SuperNode runs beside an agent, {known.name} is {known.role}")
+    key = check_supernode_key((await read_json(request)).get("public_key"))
+    return JSONResponse({"registered": await asyncio.to_thread(fleet.supernode, known.name, key)})
 
 
 async def _members(fleet: Fleet, request: Request) -> Response:

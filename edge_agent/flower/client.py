@@ -14,9 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from bmoe.protocol.errors import BmoeError, MessageError
-from bmoe.storage.download import progress
-from bmoe.storage.update_source import Received
-from edge_agent.install import install
+from edge_agent.install import Received, install, progress
 from edge_agent.wanted import read_result, read_wanted
 
 FILES_MAX = 2048
