@@ -121,4 +121,8 @@ def read_bundle(layout: StateLayout, model: str, version: int) -> Any:
 
 def open_repository(layout: StateLayout) -> Any:
     """The gateway's repository."""
-    raise NotImplementedError(Path)
+    from bmoe.storage.blobs import open_store
+    from bmoe.storage.repository import Repository
+    from bmoe.storage.repository_keys import KeyFolder
+
+    return Repository(open_store(layout.root / "repository"), KeyFolder(layout.identity / "repository"))
