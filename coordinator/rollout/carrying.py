@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 from typing import Any
 
 import structlog
@@ -16,6 +15,10 @@ from bmoe.ledger.rules.entries import Rollout
 from bmoe.ledger.rules.releases import ENDED
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.files import write_durably
+from bmoe.storage.blobs import open_store
+from bmoe.storage.publication import bundle as read_bundle
+from bmoe.storage.repository import Repository
+from bmoe.storage.repository_keys import KeyFolder
 from bmoe.storage.targets import model_receipt_path, release_receipt_path
 from coordinator.config import GatewaySettings
 from coordinator.dispatch import Dispatcher
@@ -99,7 +102,8 @@ class Carrying:
         version = self._state.versions.get((rollout.model, rollout.version))
         if version is None:
             raise UnavailableError(f"{rollout.model} {rollout.version} is not on the ledger")
-        bundle = await asyncio.to_thread(read_bundle, self._layout, rollout.model, rollout.version)
+        repository = open_repository(self._layout)
+        bundle = await asyncio.to_thread(read_bundle, repository, rollout.model, rollout.version)
         files = dict(bundle.metadata)
         parts = [digest.hex() for digest in (*version.experts, *([version.gate] if version.gate else []))]
         found = await asyncio.gather(
@@ -108,21 +112,11 @@ class Carrying:
         names = [model_receipt_path(rollout.model, rollout.version), *map(release_receipt_path, parts)]
         files |= dict(zip(names, found, strict=True))
         out = self._flower.folder / "out" / rollout.rollout.hex()
-        blobs = [(sha256, size) for sha256, size in bundle.blobs.items()]
-        return await asyncio.to_thread(make_parcel, files, blobs, out, self._layout.blobs)
+        return await asyncio.to_thread(
+            make_parcel, files, bundle.blobs, repository.store, out, self._layout.blobs
+        )
 
 
-def read_bundle(layout: StateLayout, model: str, version: int) -> Any:
-    """What the repository has of a version."""
-    from bmoe.storage.publication import bundle
-
-    return bundle(open_repository(layout), model, version)
-
-
-def open_repository(layout: StateLayout) -> Any:
+def open_repository(layout: StateLayout) -> Repository:
     """The gateway's repository."""
-    from bmoe.storage.blobs import open_store
-    from bmoe.storage.repository import Repository
-    from bmoe.storage.repository_keys import KeyFolder
-
     return Repository(open_store(layout.root / "repository"), KeyFolder(layout.identity / "repository"))
