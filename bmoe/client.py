@@ -41,7 +41,8 @@ HEAD_LENGTH = "Inference-Header-Content-Length"
 
 @dataclass(frozen=True)
 class Answer:
-    """A verified answer: arrays by output name, the ids to ask receipts with, and how far the verdicts had got."""
+    """A verified answer: arrays by output name, the ids to ask receipts with, how far the verdicts had got, and by which
+    version of the model."""
 
     outputs: dict[str, np.ndarray]
     request: str
@@ -49,6 +50,7 @@ class Answer:
     stage: str
     assurance: str
     parameters: dict[str, Any]
+    version: str = ""
 
 
 class Client:
@@ -217,7 +219,9 @@ def read_answer(reply: bytes, head_length: str | None = None) -> Answer:
             outputs[str(output["name"])] = _array(output, None if size is None else rest[:size])
             rest = rest[size or 0 :]
         verdicts = tuple(map(str, given["verdicts"]))
-        return Answer(outputs, str(given["request"]), verdicts, str(given["stage"]), str(given["assurance"]), given)
+        stage, assurance = str(given["stage"]), str(given["assurance"])
+        version = str(values.get("model_version", ""))
+        return Answer(outputs, str(given["request"]), verdicts, stage, assurance, given, version)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise UnavailableError(
             f"the gateway's reply cannot be read: {str(error)[:200] or type(error).__name__}"

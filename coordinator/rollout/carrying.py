@@ -15,16 +15,14 @@ from bmoe.ledger.rules.entries import Rollout
 from bmoe.ledger.rules.releases import ENDED
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.files import write_durably
-from bmoe.storage.blobs import open_store
 from bmoe.storage.publication import bundle as read_bundle
-from bmoe.storage.repository import Repository
-from bmoe.storage.repository_keys import KeyFolder
 from bmoe.storage.targets import model_receipt_path, release_receipt_path
 from coordinator.config import GatewaySettings
 from coordinator.dispatch import Dispatcher
 from coordinator.embedded.state_dir import private_dir
 from coordinator.flower.layout import FlowerLayout, has_flower
 from coordinator.flower.post import Post
+from coordinator.identity.shelf import open_repository
 from coordinator.receipts import Receipts
 from coordinator.rollout.carrier import Carrier
 from coordinator.rollout.driver import Rollouts
@@ -49,6 +47,7 @@ class Carrying:
         receipts: Receipts,
     ) -> None:
         self._rollouts, self._dispatcher, self._receipts = rollouts, dispatcher, receipts
+        self._settings = settings
         self._state, self._layout = rollouts.state, StateLayout(settings.state)
         self._flower = FlowerLayout(self._layout.flower)
         self._post: Post | None = None
@@ -102,7 +101,7 @@ class Carrying:
         version = self._state.versions.get((rollout.model, rollout.version))
         if version is None:
             raise UnavailableError(f"{rollout.model} {rollout.version} is not on the ledger")
-        repository = open_repository(self._layout)
+        repository = open_repository(self._settings)
         bundle = await asyncio.to_thread(read_bundle, repository, rollout.model, rollout.version)
         files = dict(bundle.metadata)
         parts = [digest.hex() for digest in (*version.experts, *([version.gate] if version.gate else []))]
@@ -112,11 +111,4 @@ class Carrying:
         names = [model_receipt_path(rollout.model, rollout.version), *map(release_receipt_path, parts)]
         files |= dict(zip(names, found, strict=True))
         out = self._flower.folder / "out" / rollout.rollout.hex()
-        return await asyncio.to_thread(
-            make_parcel, files, bundle.blobs, repository.store, out, self._layout.blobs
-        )
-
-
-def open_repository(layout: StateLayout) -> Repository:
-    """The gateway's repository."""
-    return Repository(open_store(layout.root / "repository"), KeyFolder(layout.identity / "repository"))
+        return await asyncio.to_thread(make_parcel, files, bundle.blobs, repository, out, self._layout.blobs)
