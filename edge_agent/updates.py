@@ -129,7 +129,8 @@ class Updates:
     def _prepare(self, wanted: Wanted) -> None:
         folder = self._settings.state / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        limits = {"file_bytes": self._settings.expert_bytes, "memory_mb": self._settings.memory_mb}
+        s = self._settings
+        limits = {"file_bytes": s.expert_bytes, "memory_mb": s.memory_mb, "assurance": s.release_assurance}
         write_durably(folder / "limits.json", json.dumps(limits).encode(), mode=0o600)
         (folder / "result.json").unlink(missing_ok=True)
         write_wanted(self._settings.state, wanted)
