@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from bmoe.protocol.errors import BmoeError, ConfigError
+from bmoe.protocol.figures import hand_on
 from coordinator.config import load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
@@ -50,7 +51,8 @@ async def serve(state: Path) -> None:
     limits = {"connections": NODES_MAX, "each": EACH}
     async with serving(proxy, settings.host, ports["supernodes"], context=context, **limits) as port:
         notify_ready(port=port)
-        duties = {asyncio.create_task(_register(flower)), asyncio.create_task(_run_app(flower))}
+        figures = hand_on(layout.figures("flower"), proxy.figures)
+        duties = {asyncio.create_task(work) for work in (_register(flower), _run_app(flower), figures)}
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, *duties}, return_when=asyncio.FIRST_COMPLETED)
         failed = [duty for duty in duties if duty.done()]

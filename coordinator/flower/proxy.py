@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import structlog
 
+from bmoe.protocol.figures import Figures
+
 log = structlog.get_logger("flower")
 PATH = re.compile(r"/v1/fleet/[a-z-]{1,64}")
 # flwr cuts what it sends into objects; none of ours is larger than a piece and its frame.
@@ -29,6 +31,7 @@ class Proxy:
     """An ASGI application in front of one SuperLink on loopback."""
 
     def __init__(self, port: int, ca: Path) -> None:
+        self.requests = self.bytes_in = self.bytes_out = 0
         self._client = httpx.AsyncClient(
             base_url=f"https://127.0.0.1:{port}", verify=ssl.create_default_context(cafile=str(ca)), timeout=UPSTREAM_S,
             trust_env=False,
@@ -49,8 +52,15 @@ class Proxy:
         except httpx.HTTPError as error:
             log.warning("superlink_unreachable", error=str(error) or type(error).__name__)
             return await _reply(send, 503)
+        self.requests += 1
+        self.bytes_in += len(body)
+        self.bytes_out += len(found.content)
         back = [(n.lower(), v) for n, v in found.headers.raw if n.decode("latin-1").lower() not in NOT_RETURNED]
         await _reply(send, found.status_code, back, found.content)
+
+    def figures(self) -> Figures:
+        """What has passed so far."""
+        return {"requests": self.requests, "bytes in": self.bytes_in, "bytes out": self.bytes_out}
 
     async def close(self) -> None:
         """Close the connections to the SuperLink."""
