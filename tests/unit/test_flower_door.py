@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_device_is_registered_once_its_key_is_that_of_the_superlink(tmp_path: 
     layout, key = FlowerLayout(tmp_path), public(ec.SECP384R1())
     assert not ask_for(layout, "pi-1", key) and not ask_for(layout, "pi-1", key)
     assert (layout.keys / "pi-1.pub").read_text() == key
-    layout.nodes.write_text('{"pi-1": {"node": 7, "key": "%s"}}' % key)
+    layout.nodes.write_text(json.dumps({"pi-1": {"node": 7, "key": key}}))
     assert read_nodes(layout) == {"pi-1": Node(7, key)} and ask_for(layout, "pi-1", key)
     assert not ask_for(layout, "pi-1", public(ec.SECP384R1())), "another key is registered anew"
 
