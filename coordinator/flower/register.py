@@ -66,8 +66,12 @@ def read_nodes(layout: FlowerLayout) -> dict[str, Node]:
 
 
 async def register_all(layout: FlowerLayout) -> None:
-    """Register every key that waits, one after the other, and forget those of devices that sent another."""
+    """Register every key that waits, one after the other; forget those of devices that sent another or were revoked."""
     known = read_nodes(layout)
+    for device in [name for name in known if not (layout.keys / f"{name}.pub").exists()]:
+        await _flwr(layout, "unregister", str(known.pop(device).node), CONNECTION)
+        await asyncio.to_thread(_write, layout, known)
+        log.info("supernode_unregistered", device=device)
     for path in sorted(layout.keys.glob("*.pub")):
         device, key = path.stem, path.read_text()
         before = known.get(device)
@@ -81,9 +85,18 @@ async def register_all(layout: FlowerLayout) -> None:
             log.warning("supernode_refused", device=device, said=str(said)[:300])
             continue
         known[device] = Node(int(str(node)), key)
-        values = {name: asdict(found) for name, found in known.items()}
-        await asyncio.to_thread(write_durably, layout.nodes, json.dumps(values).encode(), 0o600)
+        await asyncio.to_thread(_write, layout, known)
         log.info("supernode_registered", device=device, node=known[device].node)
+
+
+def forget(layout: FlowerLayout, device: str) -> None:
+    """A device is out of service: its SuperNode is unregistered soon."""
+    (layout.keys / f"{device}.pub").unlink(missing_ok=True)
+
+
+def _write(layout: FlowerLayout, known: dict[str, Node]) -> None:
+    values = {name: asdict(found) for name, found in known.items()}
+    write_durably(layout.nodes, json.dumps(values).encode(), 0o600)
 
 
 async def _flwr(layout: FlowerLayout, *arguments: str) -> dict[str, object]:

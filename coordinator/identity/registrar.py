@@ -38,7 +38,7 @@ from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
 from coordinator.flower.layout import FlowerLayout
-from coordinator.flower.register import ask_for
+from coordinator.flower.register import ask_for, forget
 from coordinator.identity.admin import Desk, add_admin_routes
 from coordinator.identity.broker import connected
 from coordinator.identity.callout import Callout
@@ -235,6 +235,9 @@ class Registrar:
         while True:
             await self._sweep.wait()
             self._sweep.clear()
+            for path in FlowerLayout(self.layout.flower).keys.glob("*.pub"):
+                if self._refused(path.stem):
+                    forget(FlowerLayout(self.layout.flower), path.stem)
             try:
                 await self._sweep_now()
                 # One that was admitted just before its revocation may be listed only just after it.

@@ -19,7 +19,7 @@ from bmoe.ledger.rules.entries import Rollout
 from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.releases import ENDED, under_way
 from bmoe.ledger.rules.state import State
-from bmoe.protocol.errors import BmoeError, RefusedError, UnknownError
+from bmoe.protocol.errors import BmoeError, RefusedError, UnavailableError, UnknownError
 from bmoe.protocol.messages import Installed
 from bmoe.protocol.text import plain
 from coordinator.catalogue import Catalogue
@@ -69,6 +69,7 @@ class Rollouts:
         self._enter, self._trial, self._spawn, self._at_once = enter, trial, spawn, at_once
         self._courses: dict[bytes, _Course] = {}
         self._random = random.SystemRandom()
+        self._stuck: dict[str, str] = {}
         self._turn = asyncio.Lock()
         self.carrier: Carrier | None = None
 
@@ -80,7 +81,11 @@ class Rollouts:
                     async with self._turn:
                         await self._look(self.state.rollouts[entry.model])
                 except (BmoeError, OSError) as error:
-                    log.error("rollout_stuck", rollout=entry.rollout.hex(), model=entry.model, error=str(error))
+                    if self._stuck.get(entry.model) != str(error):  # it is tried again each second
+                        self._stuck[entry.model] = str(error)
+                        log.error("rollout_stuck", rollout=entry.rollout.hex(), model=entry.model, error=str(error))
+                else:
+                    self._stuck.pop(entry.model, None)
             await asyncio.sleep(TICK_S)
 
     # What an operator asks for.
@@ -201,13 +206,17 @@ class Rollouts:
         self._restrict(entry, course)
         lacking = [a for a in after.wave if a in agents and agents[a].online and not agents[a].holds]
         if self.carrier is not None and after.stage != "paused":
+            lacking.sort(key=lambda agent: agent in course.acks)  # whoever failed comes last
             self.carrier.bring(entry, lacking[: self._at_once], plan.over)
 
     def _course(self, entry: Rollout) -> _Course:
         course = self._courses.get(entry.rollout)
         if course is None or course.stage != entry.stage:
             acks = course.acks if course is not None else {}
-            watch = watch_of(self.state.versions[(entry.model, entry.version)], self.state.models[entry.model])
+            used = self.state.models.get(entry.model)
+            if used is None:
+                raise UnavailableError(f"no version of {entry.model} is in use")
+            watch = watch_of(self.state.versions[(entry.model, entry.version)], used)
             course = self._courses[entry.rollout] = _Course(watch, entry.stage, acks=acks)
         return course
 
