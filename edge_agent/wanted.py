@@ -1,6 +1,6 @@
 """Which version this agent is wanted to hold, and what became of it: two small files between the agent and its updater.
 
-`updates/wanted.json` is written by the agent, from a coordinator's signed word; `updates/result.json` by the updater,
+`updates/rollout/wanted.json` is written by the agent, from a coordinator's signed word; `updates/rollout/result.json` by the updater,
 which is a process of its own and may die at any point: what is not in the result has not happened.
 """
 
@@ -16,7 +16,7 @@ from bmoe.protocol.files import write_durably
 from bmoe.protocol.messages import INSTALL_STATES, Update
 from bmoe.protocol.text import plain
 
-FOLDER = "updates"
+FOLDER = "updates/rollout"
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def _activity(state: Path) -> float:
     """When something last came into the inbox, or a result was written."""
     latest = 0.0
-    for path in (state / FOLDER).rglob("*"):
+    for path in (state / "updates").rglob("*"):
         if "flwr" not in path.parts:
             with contextlib.suppress(OSError):
                 latest = max(latest, path.stat().st_mtime)
