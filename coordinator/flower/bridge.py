@@ -18,6 +18,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
+from bmoe.protocol.errors import UnavailableError
+
 RETRY_S = 0.5
 PULL_S = 0.25
 NODES_S = 2.0
@@ -46,12 +48,12 @@ class _Post:
         self._buffer = b""
 
     def lines(self, timeout_s: float) -> list[dict[str, Any]]:
-        """What has come, after at most a moment; raises EOFError when the coordinator has gone."""
+        """What has come, after at most a moment; raises UnavailableError when the coordinator has gone."""
         if not select.select([self._socket], [], [], timeout_s)[0]:
             return []
         data = self._socket.recv(1 << 20)
         if not data or len(self._buffer) > LINE_MAX:
-            raise EOFError
+            raise UnavailableError("the coordinator has hung up")
         *lines, self._buffer = (self._buffer + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
@@ -74,7 +76,7 @@ def main(grid: Grid, context: Context) -> None:
             continue
         try:
             _serve(grid, post)
-        except (EOFError, OSError):
+        except (UnavailableError, OSError):
             pass
         finally:
             post.close()

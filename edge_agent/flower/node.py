@@ -72,12 +72,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def supernode_key(state: Path) -> str:
     """The public key of our SuperNode in OpenSSH's form; the private one is made on first use and stays here."""
-    path = key_path(state)
-    try:
+    path, key = key_path(state), None
+    with contextlib.suppress(FileNotFoundError, ValueError):
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
-        if not isinstance(key, ec.EllipticCurvePrivateKey):
-            raise ValueError
-    except (FileNotFoundError, ValueError):
+    if not isinstance(key, ec.EllipticCurvePrivateKey):
         key = ec.generate_private_key(ec.SECP384R1())
         forms = serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
         write_durably(path, key.private_bytes(*forms), mode=0o600)
