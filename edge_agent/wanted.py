@@ -1,7 +1,7 @@
 """Which version this agent is wanted to hold, and what became of it: two small files between the agent and its updater.
 
-`updates/rollout/wanted.json` is written by the agent, from a coordinator's signed word; `updates/rollout/result.json` by the updater,
-which is a process of its own and may die at any point: what is not in the result has not happened.
+In `updates/rollout/`, wanted.json is written by the agent, from a coordinator's signed word, and result.json by the
+updater, a process of its own that may die at any point: what is not in the result has not happened.
 """
 
 from __future__ import annotations
