@@ -36,14 +36,14 @@ class Plans:
     def plan(self, rollout: bytes) -> Plan:
         """The plan of a rollout, or that of defaults."""
         try:
-            return parse_plan(self._rows.get(rollout.hex(), {}).get("plan", {}))
+            return parse_plan(self._kept(rollout, "plan"))
         except InputError as error:
             log.warning("rollout_plans_unreadable", error=str(error))
             return Plan()
 
     def progress(self, entry: Rollout, time_s: float) -> Progress:
         """Where a rollout stands: stage, wave and reason as the ledger has them, the rest as kept here."""
-        kept = self._rows.get(entry.rollout.hex(), {}).get("progress", {})
+        kept = self._kept(entry.rollout, "progress")
         known = Progress(stage=entry.stage, wave=tuple(entry.wave), reason=entry.reason, since=time_s)
         if kept.get("stage") != entry.stage or kept.get("wave") != list(entry.wave):
             return known
@@ -52,6 +52,10 @@ class Plans:
         if before not in UNDER_WAY or not all(isinstance(number, int | float) for number in numbers):
             return known
         return replace(known, before=before, since=float(numbers[0] or 0), held=float(numbers[1] or 0))
+
+    def _kept(self, rollout: bytes, what: str) -> dict[str, Any]:
+        found = self._rows.get(rollout.hex(), {}).get(what)
+        return found if isinstance(found, dict) else {}
 
     def put(self, rollout: bytes, plan: Plan, progress: Progress) -> None:
         """Keep both, durably."""
