@@ -25,7 +25,7 @@ from bmoe.storage.packaged import packaged
 # How much the early version's weights are off, in standard deviations of each: it has seen less training.
 EARLY_NOISE = 0.6
 # A board takes about a second for so many products of matrices of this size.
-SLOW_SIZE, SLOW_PRODUCTS = 512, 24
+SLOW_SIZE, SLOW_PRODUCTS = 512, 36
 SLOW_MEMORY_MB = 64
 
 Change = Callable[[onnx.ModelProto], onnx.ModelProto]
