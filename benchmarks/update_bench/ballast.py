@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from bmoe.storage.golden import write_golden
+from bmoe.storage.manifest import Expert, Golden, Model, TensorSpec, render_manifest
 
 NAME, WIDTH = "ballast", 8
 OPSET, IR = 17, 8
@@ -33,21 +33,17 @@ def write_ballast(folder: Path, version: int, size: int) -> Path:
     (folder / "expert.onnx").write_bytes(data := model.SerializeToString())
     given = dice.standard_normal((4, WIDTH), np.float32)
     (folder / "golden.npz").write_bytes(golden := write_golden({"x": given}, {"y": given @ first @ second}))
-    dims = [None, WIDTH]
-    expert = {
-        "name": NAME, "file": "expert.onnx", **_file(data), "opset": OPSET, "memory_mb": 64, "batch": True,
-        "inputs": [{"name": "x", "dtype": "float32", "dims": dims}],
-        "outputs": [{"name": "y", "dtype": "float32", "dims": dims, "epsilon": 1e-3}],
-        "golden": {"file": "golden.npz", **_file(golden)},
-    }  # fmt: skip
-    manifest = {
-        "format": 1, "name": NAME, "version": version, "licence": "Apache-2.0", "top_k": 1, "combine": "weighted_sum",
-        "description": "Random numbers of a given size, to be carried.", "experts": [expert],
-    }  # fmt: skip
-    (folder / "model.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    given_spec = TensorSpec("x", "float32", (None, WIDTH))
+    expert = Expert(
+        NAME, "expert.onnx", *_facts(data), OPSET, 64, True, (given_spec,),
+        (TensorSpec("y", "float32", (None, WIDTH), 1e-3),), None, Golden("golden.npz", *_facts(golden)),
+    )  # fmt: skip
+    what = "Random numbers of a given size, to be carried."
+    manifest = Model(1, NAME, version, "Apache-2.0", what, 1, "weighted_sum", (), None, (expert,))
+    (folder / "model.json").write_bytes(render_manifest(manifest))
     onnx.checker.check_model(model)
     return folder
 
 
-def _file(data: bytes) -> dict[str, object]:
-    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+def _facts(data: bytes) -> tuple[str, int]:
+    return hashlib.sha256(data).hexdigest(), len(data)
