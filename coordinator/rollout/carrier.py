@@ -86,7 +86,10 @@ class Carrier:
                 if reply.get("state") != "lacking":
                     await asyncio.sleep(AGAIN_S)  # its own word comes over MQTT, or it is tried again
                     return
-                errand.have = {str(k): int(v) for k, v in dict(reply["have"]).items()}
+                have = {str(k): int(v) for k, v in dict(reply["have"]).items()}
+                if have == errand.have:  # nothing of it arrived: the disk is full, or another update is in work
+                    await asyncio.sleep(AGAIN_S)
+                errand.have = have
         except (BmoeError, OSError, LookupError, TypeError, ValueError) as error:
             log.warning("push_failed", agent=agent, node=node, error=str(error)[:300])
             await asyncio.sleep(AGAIN_S)

@@ -15,7 +15,8 @@ from bmoe.ledger.rules.entries import Rollout
 from bmoe.ledger.rules.releases import ENDED
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.files import write_durably
-from bmoe.storage.publication import bundle as read_bundle
+from bmoe.storage.publication import bundle, read_version
+from bmoe.storage.repository import Repository
 from bmoe.storage.targets import model_receipt_path, release_receipt_path
 from coordinator.config import GatewaySettings
 from coordinator.dispatch import Dispatcher
@@ -102,8 +103,8 @@ class Carrying:
         if version is None:
             raise UnavailableError(f"{rollout.model} {rollout.version} is not on the ledger")
         repository = open_repository(self._settings)
-        bundle = await asyncio.to_thread(read_bundle, repository, rollout.model, rollout.version)
-        files = dict(bundle.metadata)
+        metadata, blobs = await asyncio.to_thread(read_files, repository, rollout.model, rollout.version)
+        files = dict(metadata)
         parts = [digest.hex() for digest in (*version.experts, *([version.gate] if version.gate else []))]
         found = await asyncio.gather(
             self._receipts.of_model(rollout.model, rollout.version), *map(self._receipts.of_release, parts)
@@ -111,4 +112,15 @@ class Carrying:
         names = [model_receipt_path(rollout.model, rollout.version), *map(release_receipt_path, parts)]
         files |= dict(zip(names, found, strict=True))
         out = self._flower.folder / "out" / rollout.rollout.hex()
-        return await asyncio.to_thread(make_parcel, files, bundle.blobs, repository, out, self._layout.blobs)
+        return await asyncio.to_thread(make_parcel, files, blobs, repository, out, self._layout.blobs)
+
+
+def read_files(repository: Repository, model: str, version: int) -> tuple[dict[str, bytes], dict[str, int]]:
+    """Metadata by path, and the size of each blob by SHA-256, in the order in which an updater asks for them.
+
+    The manifest comes first; the statement of origin is for people, no updater reads it.
+    """
+    found, _ = read_version(repository, repository.load(), model, version)
+    whole = bundle(repository, model, version)
+    rest = {sha256: size for sha256, size in whole.blobs.items() if sha256 not in (found.manifest, found.origin)}
+    return whole.metadata, {found.manifest: whole.blobs[found.manifest], **rest}

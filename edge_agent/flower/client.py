@@ -7,19 +7,33 @@ taken, and the updater judges the bytes as if a stranger had brought them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from bmoe.protocol.errors import BmoeError, MessageError
+from bmoe.protocol.errors import BmoeError, MessageError, UnavailableError, UnknownError
 from edge_agent.install import Received, install, progress
 from edge_agent.wanted import read_result, read_wanted
 
 FILES_MAX = 2048
 
 app = ClientApp()
+
+
+class Pieces(Received):
+    """What one message brought: a blob that is not in it comes with another, so its lack is nobody's fault."""
+
+    def stream(self, path: str, offset: int, limit: int) -> Iterator[bytes]:
+        """As `Received` has it, but for blobs raises UnavailableError."""
+        try:
+            yield from super().stream(path, offset, limit)
+        except UnknownError as error:
+            if path.startswith("blobs/"):
+                raise UnavailableError(str(error)) from None
+            raise
 
 
 @app.query("release")
@@ -46,7 +60,7 @@ def _take(state: Path, record: Any) -> dict[str, Any]:
         raise MessageError(f"{len(paths)} paths, {len(offsets)} offsets and {len(data)} pieces came")
     files = dict(zip(map(str, paths), data, strict=True))
     starts = dict(zip(map(str, paths), map(int, offsets), strict=True))
-    result = install(state, wanted, Received(files, starts))
+    result = install(state, wanted, Pieces(files, starts))
     if result.state != "failed":
         return {"state": result.state, "reason": result.reason}
     have = progress(state, sizes)
