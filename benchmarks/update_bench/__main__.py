@@ -150,7 +150,7 @@ async def _carry(fleet: LocalFleet, folder: Path, nodes: int, size: int) -> tupl
 
 def _passed(fleet: LocalFleet) -> int:
     try:
-        figures = read_figures(StateLayout(fleet.state).figures("flower"))
+        figures, _ = read_figures(StateLayout(fleet.state).figures("flower"))
     except (InputError, OSError):
         return 0
     return int(figures.get("bytes in", 0) + figures.get("bytes out", 0))

@@ -87,5 +87,5 @@ async def test_a_board_that_restarts_within_a_minute_of_a_power_cut_rejoins_and_
     await site.fleet.restart("edge-01")
     await site.until(lambda row: row.get("holds") == ["edge-01"], 360)
     assert before > PIECE_BYTES / 2
-    figures = read_figures(StateLayout(site.fleet.state).figures("flower"))
+    figures, _ = read_figures(StateLayout(site.fleet.state).figures("flower"))
     assert figures["bytes out"] < LARGE + 3 * PIECE_BYTES, "what had arrived before the power cut was not sent again"
