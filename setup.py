@@ -10,6 +10,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 SHIPPED = (
     "models/*/model.json",
+    "models/*/origin.json",
     "models/*/*.onnx",
     "models/*/*.npz",
     "models/*/MODEL.md",

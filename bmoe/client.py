@@ -41,7 +41,8 @@ HEAD_LENGTH = "Inference-Header-Content-Length"
 
 @dataclass(frozen=True)
 class Answer:
-    """A verified answer: arrays by output name, the ids to ask receipts with, and how far the verdicts had got."""
+    """A verified answer: arrays by output name, the ids to ask receipts with, how far the verdicts had got, and by which
+    version of the model."""
 
     outputs: dict[str, np.ndarray]
     request: str
@@ -49,6 +50,7 @@ class Answer:
     stage: str
     assurance: str
     parameters: dict[str, Any]
+    version: str = ""
 
 
 class Client:
@@ -140,6 +142,22 @@ class Client:
         """The gateway's figures."""
         return self._json("GET", "/v1/statistics")
 
+    def rollouts(self) -> list[dict[str, Any]]:
+        """The latest rollout of each model: its stage, its wave, what was seen of it, and why it ended."""
+        return list(self._json("GET", "/v1/rollouts").get("rollouts", ()))
+
+    def start_rollout(
+        self, model: str, version: int | None = None, plan: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Begin to bring a published version to the fleet; `plan` as coordinator/rollout/plan.py has it."""
+        body = json.dumps({"model": model, "version": version, "plan": dict(plan or {})}).encode()
+        return self._json("POST", "/v1/rollouts", body)
+
+    def act_on_rollout(self, model: str, what: str, reason: str = "") -> dict[str, Any]:
+        """pause, resume or abort the rollout of a model that is under way."""
+        body = json.dumps({"reason": reason}).encode()
+        return self._json("POST", f"/v1/rollouts/{_quoted(model)}/{what}", body)
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
@@ -201,7 +219,9 @@ def read_answer(reply: bytes, head_length: str | None = None) -> Answer:
             outputs[str(output["name"])] = _array(output, None if size is None else rest[:size])
             rest = rest[size or 0 :]
         verdicts = tuple(map(str, given["verdicts"]))
-        return Answer(outputs, str(given["request"]), verdicts, str(given["stage"]), str(given["assurance"]), given)
+        stage, assurance = str(given["stage"]), str(given["assurance"])
+        version = str(values.get("model_version", ""))
+        return Answer(outputs, str(given["request"]), verdicts, stage, assurance, given, version)
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
         raise UnavailableError(
             f"the gateway's reply cannot be read: {str(error)[:200] or type(error).__name__}"

@@ -24,18 +24,24 @@ from coordinator.mqtt_history import History
 from coordinator.mqtt_requests import MqttRequests, owner_of
 from coordinator.records import unpack_answered
 from coordinator.replies import is_large, reply_values, status_of
+from coordinator.rollout.plan import parse_plan
 from coordinator.tenants import check_model
 
 log = structlog.get_logger("api")
 Answering = Callable[[Gateway, Request], Awaitable[Response]]
 EXTENSIONS = ["binary_tensor_data"]
 ANYONE, TENANT, OPERATOR = range(3)
+OPERATOR_BODY_MAX = 64 * 1024
 
 
 def build_api(gateway: Gateway) -> App:
     """The application; it holds no state of its own."""
     app = FastAPI(title="bmoe", version=__version__, openapi_url=None, docs_url=None, redoc_url=None)
-    for_operators: tuple[tuple[str, Answering], ...] = (("/v1/fleet", _fleet), ("/v1/statistics", _statistics))
+    for_operators: tuple[tuple[str, Answering], ...] = (
+        ("/v1/fleet", _fleet),
+        ("/v1/statistics", _statistics),
+        ("/v1/rollouts", _rollouts),
+    )
     for_all: tuple[tuple[str, Answering], ...] = (("/v2/health/live", _live), ("/v2/health/ready", _ready))
     for_tenants: tuple[tuple[str, Answering], ...] = (
         ("/v2", _server),
@@ -51,6 +57,8 @@ def build_api(gateway: Gateway) -> App:
         for path, handler in routes:
             guarded = _guarded(gateway, handler, who)
             app.add_api_route(path, guarded, methods=["GET", "HEAD"], include_in_schema=False)
+    for path, handler in (("/v1/rollouts", _start_rollout), ("/v1/rollouts/{model}/{what}", _act_on_rollout)):
+        app.add_api_route(path, _guarded(gateway, handler, OPERATOR), methods=["POST"], include_in_schema=False)
     app.add_exception_handler(404, _not_found)
     app.add_exception_handler(405, _not_found)
     return InferRoute(gateway, app)
@@ -190,6 +198,43 @@ async def outcome(gateway: Gateway, identity: str, tenant: str) -> dict[str, Any
 
 async def _fleet(gateway: Gateway, request: Request) -> Response:
     return _json({"agents": gateway.fleet.table()})
+
+
+async def _rollouts(gateway: Gateway, request: Request) -> Response:
+    return _json({"rollouts": gateway.rollouts.table()})
+
+
+async def _start_rollout(gateway: Gateway, request: Request) -> Response:
+    body = await _object(request)
+    model, version, plan = body.get("model"), body.get("version"), body.get("plan") or {}
+    if not isinstance(model, str) or not (version is None or type(version) is int) or not isinstance(plan, dict):
+        raise InputError('expected {"model": name, "version": number or null, "plan": {...}}')
+    started = await gateway.rollouts.start(model, version, parse_plan(plan))
+    return _json({"rollout": started.rollout.hex(), "model": model, "version": started.version})
+
+
+async def _act_on_rollout(gateway: Gateway, request: Request) -> Response:
+    model, what = request.path_params["model"], request.path_params["what"]
+    reason = (await _object(request)).get("reason") or ""
+    if what not in ("pause", "resume", "abort") or not isinstance(reason, str):
+        raise InputError("a rollout is paused, resumed or aborted, with a reason that is text")
+    found = await gateway.rollouts.act(model, what, reason)
+    return _json({"rollout": found.rollout.hex(), "model": model, "version": found.version, "stage": found.stage})
+
+
+async def _object(request: Request) -> dict[str, Any]:
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk
+        if len(data) > OPERATOR_BODY_MAX:
+            raise LimitError(f"the body has more than {OPERATOR_BODY_MAX} bytes")
+    try:
+        body = orjson.loads(bytes(data) or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise InputError(f"the body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InputError("the body must be a JSON object")
+    return body
 
 
 async def _statistics(gateway: Gateway, request: Request) -> Response:

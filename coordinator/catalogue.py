@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import MessageError, UnknownError
@@ -10,18 +12,21 @@ from coordinator.intake import DATATYPE_OF
 
 
 class Catalogue:
-    """Looks models up in the ledger's state, anew each time: releases may change while a model's statement stays."""
+    """Looks models up in the ledger's state, anew each time: releases may change while a model's statement stays.
 
-    def __init__(self, state: State) -> None:
-        self._state = state
+    `use` gives the version of a model to be used now, and raises UnavailableError where none may be used yet.
+    """
+
+    def __init__(self, state: State, use: Callable[[str], ModelRelease | None] | None = None) -> None:
+        self._state, self._use = state, use or state.models.get
 
     def names(self) -> list[str]:
         """Models that can be asked for."""
         return sorted(self._state.models)
 
     def get(self, name: str) -> ReleasedModel:
-        """A released model; raises UnknownError naming those there are."""
-        statement = self._state.models.get(name)
+        """A released model; raises UnknownError naming those there are, UnavailableError for one that is not final yet."""
+        statement = self._use(name)
         if statement is None:
             raise UnknownError(
                 f"model {name[:64]!r} is not served here; there are: {', '.join(self.names()) or 'none'}"

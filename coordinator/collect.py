@@ -66,6 +66,7 @@ class Collection:
     hedge_s: float
     assigned: dict[str, float] = field(default_factory=dict)
     received: dict[str, Received] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
     referee: Received | None = None
     referee_failed: str = ""

@@ -19,6 +19,7 @@ from bmoe.ledger.rules.entries import (
     Entry,
     Equivocation,
     Opened,
+    Rollout,
     Verdict,
 )
 from bmoe.ledger.rules.frames import INLINE_BYTES
@@ -56,6 +57,10 @@ class Committer:
         tasks, self._opening, self._opened = self._opening, [], None
         groups = [tuple(tasks[i : i + 256]) for i in range(0, len(tasks), 256)]
         return await self._author.enter(*[(Opened, {"tasks": group}) for group in groups])
+
+    async def rollout(self, fields: dict[str, Any]) -> int:
+        """Enter where a rollout stands; the position of its frame."""
+        return await self._author.enter((Rollout, fields))
 
     async def keep_input(self, task: bytes, message: bytes) -> None:
         """Keep a task's input where validators can fetch it."""

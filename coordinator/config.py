@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +33,10 @@ class GatewaySettings(BaseSettings):
         0, ge=0, le=65535, description="Broker port for agents; 0 takes a free one and remembers it."
     )
     fleet_port: int = Field(0, ge=0, le=65535, description="HTTPS port for joining and fetching; 0 takes a free one.")
+    supernodes_port: int = Field(
+        0, ge=0, le=65535, description="Port for SuperNodes, used from the first rollout on; 0 takes a free one."
+    )
+    updates_at_once: int = Field(4, ge=1, le=256, description="Agents that install a release at the same time.")
     api_host: str = Field("127.0.0.1", description="Address that the inference API listens on.")
     api_port: int = Field(0, ge=0, le=65535, description="Port of the inference API; 0 takes a free one.")
     api_tls: Literal["auto", "on", "off"] = Field(
@@ -46,6 +51,14 @@ class GatewaySettings(BaseSettings):
         description="Whether clients need a token: required, or auto: once there is one, or beyond loopback.",
     )
     models: tuple[str, ...] = Field(("wearable",), description="Built-in models, or folders with a model.json.")
+    repository: str = Field(
+        "",
+        description="Where the signed repository lies: a folder, or a URL such as s3://bucket/path; `repository/` here.",
+    )
+    release_assurance: Literal["final", "committed"] = Field(
+        "final",
+        description="When a release may be used: final, cosigned by a quorum, or committed, entered on the ledger.",
+    )
     policy: Literal["referee", "quorum", "full", "single"] = Field(
         "referee", description="Policy for requests that name none: referee, quorum, full or single."
     )
@@ -90,6 +103,13 @@ class GatewaySettings(BaseSettings):
     def dial_host(self) -> str:
         """Where this machine's own processes reach what listens on `host`."""
         return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    @property
+    def agents_dial(self) -> str:
+        """What agents dial: the first public name, else where we listen, else this machine's name."""
+        if self.public_hosts:
+            return self.public_hosts[0]
+        return socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
 
     @property
     def api_dial_host(self) -> str:

@@ -84,6 +84,7 @@ class Decider:
         self._hedging = HedgeBudget()
         self.tally = Tally()
         self._seldom = Seldom()
+        self.watch: Callable[[Job, Collection, Decision], None] = lambda job, collection, decision: None
         self.late = Latecomers(state, fleet, committer, spawn, self.tally)
 
     def start(self, job: Job, only: str | None = None) -> None:
@@ -140,7 +141,7 @@ class Decider:
         collection.received[agent] = received
         presence = self._fleet.of(agent)
         presence.load = max(0, presence.load - 1)
-        seconds = time.monotonic() - collection.assigned[agent]
+        seconds = collection.took[agent] = time.monotonic() - collection.assigned[agent]
         self._fleet.answered(agent, running.job.expert.digest, seconds)
         self.tally.outputs += 1
         self.tally.output.add(seconds)
@@ -259,7 +260,7 @@ class Decider:
             message = self._send(running, [only], 1)
             running.collection.exhausted = True
             return message
-        eligible = len(self._fleet.eligible(()))
+        eligible = len(self._fleet.eligible((), expert=running.job.expert.digest))
         wanted = running.collection.policy.replicas(eligible)
         return self._ask(running, min(max(wanted, 1), outputs_max(running.job.expert)))
 
@@ -267,7 +268,7 @@ class Decider:
         collection = running.collection
         policy = collection.policy
         room = outputs_max(running.job.expert) - len(collection.assigned)
-        eligible = self._fleet.eligible(collection.assigned)
+        eligible = self._fleet.eligible(collection.assigned, expert=running.job.expert.digest)
         owners = [self._state.members[a].owner for a in collection.assigned]
         chosen = choose_agents(
             eligible, min(count, room), self._random, taken_owners=owners, distinct_owners=policy.distinct_owners
@@ -308,6 +309,7 @@ class Decider:
         accepted = Accepted(job.task, value_of.tensors, value_of.opening) if value_of is not None else None
         received = {a: r.envelope for a, r in collection.received.items()}
         by_referee = decision.accepted == BY_REFEREE
+        self.watch(job, collection, decision)
         small = accepted is not None and len(accepted.opening) <= INLINE_BYTES
         value = Candidate("accepted", comparable(accepted.tensors, job.expert)) if accepted and small else None
         self.late.remember(

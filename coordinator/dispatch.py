@@ -8,7 +8,7 @@ from typing import Any
 
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link
-from bmoe.protocol.messages import MAX_NOTICED, Notice, Task, seal_message, tensor_specs
+from bmoe.protocol.messages import MAX_NOTICED, Notice, Task, Update, seal_message, tensor_specs
 from bmoe.protocol.topics import topic
 from coordinator.jobs import Counter, Job
 
@@ -46,6 +46,11 @@ class Dispatcher:
     def send(self, agent: str, message: bytes) -> None:
         """Hand a task to the broker, QoS 0: tasks are idempotent and sent again, so nothing rests on its queue."""
         _forget(self._link.publish(topic(agent, "task"), message, qos=0))
+
+    def update(self, agent: str, facts: dict[str, Any]) -> None:
+        """Tell an agent which version it is wanted to hold; told again until it has said what became of it."""
+        header = Update(**self._common, seq=self._counter.next(), agent=agent, **facts)
+        _forget(self._link.publish(topic(agent, "update"), seal_message(self._signer, header), qos=0))
 
     def notify(self, agent: str, task: bytes, outcome: str, stance: str, output_root: bytes) -> None:
         """Tell an agent the verdict of a task that it answered: soon, together with others."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 import structlog
 
@@ -89,11 +90,21 @@ class Finality:
             index = self._index.get(identity)
             return index is not None and index < self.final_size
 
+        await self.until(reached, timeout_s)
+
+    async def until(self, holds: Callable[[], bool], timeout_s: float) -> None:
+        """Wait until something holds that checkpoints bring about; raises asyncio.TimeoutError."""
+
         async def wait() -> None:
             async with self._grown:
-                await self._grown.wait_for(reached)
+                await self._grown.wait_for(holds)
 
         await asyncio.wait_for(wait(), timeout_s)
+
+    async def tell(self) -> None:
+        """Have those who wait look again."""
+        async with self._grown:
+            self._grown.notify_all()
 
     async def _on_message(self, message: object) -> None:
         try:
@@ -101,8 +112,7 @@ class Finality:
         except ProofError as error:
             log.warning("checkpoint_refused", error=str(error))
             return
-        async with self._grown:
-            self._grown.notify_all()
+        await self.tell()
 
     def _compare(self, size: int, root: bytes) -> None:
         """A quorum that rejects what we entered has another root: then nothing we decide is committed any more."""

@@ -106,18 +106,25 @@ class Fleet:
         self._state = state
         self.presence: dict[str, Presence] = {}
         self._latencies: dict[bytes, deque[float]] = {}
+        # Experts of a version that is being rolled out: who holds it. All others are anybody's.
+        self.holders: dict[bytes, frozenset[str]] = {}
         self._db = TinyDB(view, storage=DurableStorage)
 
     def of(self, agent: str) -> Presence:
         """The presence of an agent, made when first heard of."""
         return self.presence.setdefault(agent, Presence())
 
-    def eligible(self, exclude: Iterable[str], *, standing: tuple[Standing, ...] | None = None) -> list[Eligible]:
-        """Agents online that may take a task: in service and not under suspicion, or of the standings named."""
-        now, without = time.monotonic(), set(exclude)
+    def eligible(
+        self, exclude: Iterable[str], *, standing: tuple[Standing, ...] | None = None, expert: bytes = b""
+    ) -> list[Eligible]:
+        """Agents online that may take a task: in service and not under suspicion, or of the standings named.
+
+        A task for an expert of a version that is being rolled out is for those alone who hold it.
+        """
+        now, without, holders = time.monotonic(), set(exclude), self.holders.get(expert)
         found = []
         for agent, presence in self.presence.items():
-            if not presence.online or agent in without:
+            if not presence.online or agent in without or (holders is not None and agent not in holders):
                 continue
             current = self._state.standing(agent)
             wanted = current.in_service and now >= presence.suspected_until if standing is None else current in standing

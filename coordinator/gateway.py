@@ -16,13 +16,14 @@ from bmoe.inference.runner import Runner
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
 from bmoe.ledger.rules.fold import Applied
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
-from bmoe.protocol.errors import BmoeError, UnavailableError
+from bmoe.protocol.errors import BmoeError, InferenceError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
-from bmoe.protocol.messages import Health, Output, Refusal, Status
+from bmoe.protocol.messages import Health, Installed, Output, Refusal, Status
 from bmoe.protocol.topics import EVERY_REQUEST, every_device, is_request, parse_request, parse_topic
 from bmoe.storage.evidence import EvidenceReader, EvidenceStore
 from coordinator.access import Access
@@ -49,14 +50,21 @@ from coordinator.receive import open_from
 from coordinator.recover import Recovery
 from coordinator.referee import Referee
 from coordinator.rejections import Rejections
+from coordinator.rollout.carrying import Carrying
+from coordinator.rollout.driver import Rollouts
+from coordinator.rollout.store import Plans
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
 from coordinator.tenants import Quotas
+from coordinator.usable import Usable
 
 log = structlog.get_logger("gateway")
 T = TypeVar("T")
 NAME = "coordinator"
-UP_CHANNELS = {"output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0)}
+UP_CHANNELS = {
+    "output": (Output, 1), "refusal": (Refusal, 0), "status": (Status, 1), "health": (Health, 0),
+    "installed": (Installed, 1),
+}  # fmt: skip
 FINAL_TIMEOUT_S = 30.0
 IN_GOOD_STANDING = (Standing.PROBATION.value, Standing.TRUSTED.value)
 AGENTS_WAIT_S = 3.0
@@ -67,7 +75,7 @@ class Gateway:
     """One coordinator. `start` it, `infer` with it, `stop` it."""
 
     def __init__(self, settings: GatewaySettings, ports: dict[str, int]) -> None:
-        self.settings = settings
+        self.settings, self.ports = settings, ports
         layout = self.layout = StateLayout(settings.state)
         trust = self.trust = layout.load_trust()
         self.state = State(trust.ledger, trust.epoch, trust.registrar)
@@ -91,7 +99,8 @@ class Gateway:
         self.bodies = Bodies(settings.bodies_bytes)
         self.finality = Finality(self.state)
         self._rejections = Rejections(NAME)
-        self.catalogue = Catalogue(self.state)
+        self.usable = Usable(self.state, self.finality, settings.release_assurance)
+        self.catalogue = Catalogue(self.state, self.usable.get)
         self.counts = RequestCounts(self.catalogue.names)
         self.clocks = Clocks(log.warning)
         written = (layout.root, layout.signing_key.parent, layout.evidence.parent, layout.ledger)
@@ -124,6 +133,7 @@ class Gateway:
         except asyncio.TimeoutError:
             raise UnavailableError("the registrar has not enrolled this coordinator: see its log") from None
         await self.finality.follow(self._stream)
+        self._spawn(self.usable.prove(self.receipts, trust))
         await self.author.start(self.state)
         self._evidence = EvidenceStore(layout.evidence)
         self._gate_runner = Runner(memory_mb=settings.referee_memory_mb)
@@ -137,6 +147,8 @@ class Gateway:
         await self.link.wait_up(20)
         self._spawn(self._finish_leftovers())
         self._spawn(self._diagnosis.run())
+        self._spawn(self._carrying.run())
+        self._spawn(self.rollouts.run())
         self._spawn(self.fleet.keep_view())
         self._spawn(self.disks.watch())
 
@@ -158,6 +170,12 @@ class Gateway:
         self._rejections.tell(self.decider.on_rejected)
         self._diagnosis = Diagnosis(self.fleet, self.decider)
         sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows, self._ledger_ms)
+        self.rollouts = Rollouts(
+            self.state, self.fleet, self.catalogue, Plans(self.layout.rollouts), self._enter_rollout,
+            lambda request: self.answerer.trial(request), self._spawn, settings.updates_at_once,
+        )  # fmt: skip
+        self.decider.watch = self.rollouts.closed
+        self._carrying = Carrying(self.rollouts, self._dispatcher, settings, self.ports, self.receipts)
         gate = Gate(self._gate_runner, self.layout.blobs)
         self.answerer = Answerer(
             gate,
@@ -176,6 +194,7 @@ class Gateway:
         """Finish what is owed, then go offline."""
         await self.answerer.settle()
         self._dispatcher.flush()
+        await self._carrying.stop()
         await self.link.stop()
         for task in self._tasks:
             task.cancel()
@@ -198,7 +217,20 @@ class Gateway:
         `head_bytes` is the length of the body's JSON head where binary tensors follow it. `reply_to` names a device that
         is told of the outcome on its topic, after a crash as well. See mqtt_history.
         """
-        model = self.catalogue.get(name)
+        await self.usable.wait(name)
+        used, model = self.catalogue.get(name), self.rollouts.pick(name)
+        if model.statement.version != used.statement.version:
+            try:
+                return await self._infer(model, body, tenant, head_bytes, reply_to)
+            except (UnavailableError, InferenceError) as error:  # a rollout costs no client an answer
+                log.warning("new_version_failed", model=name, version=model.statement.version, error=str(error))
+        answered = await self._infer(used, body, tenant, head_bytes, reply_to)
+        self.rollouts.answered(answered)
+        return answered
+
+    async def _infer(
+        self, model: ReleasedModel, body: bytes, tenant: str, head_bytes: int | None, reply_to: str
+    ) -> Answered:
         rows_max = min(self.settings.request_rows, answer_rows_max(model.statement.top_k))
         policy = self.settings.policy
 
@@ -207,6 +239,10 @@ class Gateway:
 
         request = take() if (head_bytes or len(body)) <= LARGE_BYTES else await self.aside(take)
         return await self.answerer.answer(replace(request, reply_to=reply_to) if reply_to else request)
+
+    async def _enter_rollout(self, fields: dict[str, Any]) -> None:
+        """Enter where a rollout stands; returns once we have read it back."""
+        await self.follower.reached(await self.committer.rollout(fields), FINAL_TIMEOUT_S)
 
     async def aside(self, work: Callable[[], T]) -> T:
         """Do work on large JSON off the loop, and one at a time: in memory it is many times what it is on the wire."""
@@ -278,6 +314,7 @@ class Gateway:
 
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         self.finality.on_applied(applied)
+        self.usable.on_applied(applied)
         self.recovery.on_applied(message, applied)
         self._rejections.on_applied(message.position, applied)
         for event in applied.events:
@@ -322,6 +359,8 @@ class Gateway:
         presence.seen = time.monotonic()
         if isinstance(header, Output):
             self.decider.on_output(sealed)
+        elif isinstance(header, Installed):
+            self.rollouts.on_installed(device, header)
         elif isinstance(header, Refusal):
             self.decider.on_refusal(device, header.task, header.reason, header.detail)
         elif isinstance(header, Status):

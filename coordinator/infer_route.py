@@ -68,6 +68,7 @@ class InferRoute:
         now = time.monotonic()
         tenant = gateway.access.tenant(given.decode("latin-1") if given is not None else None, now)
         check_model(tenant, model)
+        await gateway.usable.wait(model)
         gateway.catalogue.check_version(model, version and unquote(version))
         with gateway.admitted(), gateway.quotas.admitted(tenant, model, now), gateway.bodies.held(tenant.name) as count:
             body = await read_body(headers, receive, gateway.settings.body_bytes, count)

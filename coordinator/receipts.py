@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -35,39 +36,55 @@ class Receipts:
 
         Raises UnknownError for an id that is not on the ledger, UnavailableError when no validator gives one now.
         """
-        receipts: list[str] = []
-        reasons: list[BmoeError] = []
         coming = identity in self._state.open or await self._journal.row(identity) is not None
-        question: dict[str, Any] = {kind: identity.hex(), **({} if coming else {"wait_ms": 0})}
-        for validator in sorted(self._state.validators):
-            try:
-                receipts.append(await self._ask(validator, question))
-            except (UnavailableError, UnknownError) as error:
-                reasons.append(error)
-                continue
-            question = {kind: identity.hex(), "size": parse_proof(receipts[0]).checkpoint.size}
-        if receipts:
-            return _merged(receipts).encode()
-        line = f"no receipt for {identity.hex()}: {'; '.join(map(str, reasons))}"
-        if coming or UnknownError not in map(type, reasons):
-            raise UnavailableError(line)
-        raise UnknownError(line)
+        return await gather(self._stream, self._state.validators, kind, identity.hex(), coming)
 
-    async def _ask(self, validator: str, question: dict[str, Any]) -> str:
-        subject, data = f"ledger.receipt.{validator}", json.dumps(question).encode()
+    async def of_release(self, digest: str) -> bytes:
+        """The receipt of an expert's or a gate's release, by its SHA-256 in hex; raises as `get` does."""
+        return await gather(self._stream, self._state.validators, "release", digest, True)
+
+    async def of_model(self, model: str, version: int) -> bytes:
+        """The receipt of a model's version; raises as `get` does."""
+        return await gather(self._stream, self._state.validators, "model", f"{model} {version}", True)
+
+
+async def gather(stream: LedgerStream, validators: Mapping[str, bytes], kind: str, name: str, coming: bool) -> bytes:
+    """A receipt with every validator's cosignature to be had; `coming` says that the entry may be on its way.
+
+    Raises UnknownError for what is not on the ledger, UnavailableError when no validator gives a receipt now.
+    """
+    receipts: list[str] = []
+    reasons: list[BmoeError] = []
+    question: dict[str, Any] = {kind: name, **({} if coming else {"wait_ms": 0})}
+    for validator in sorted(validators):
         try:
-            reply = await self._stream.client.request(subject, data, timeout=RECEIPT_TIMEOUT_S)
-        except (NatsError, OSError, asyncio.TimeoutError) as error:
-            raise UnavailableError(f"{validator}: {str(error) or type(error).__name__}") from error
-        try:
-            text = read_reply(reply.data)
-            key = VerifierKey(validator, COSIGNATURE_V1, self._state.validators[validator])
-            verify_cosignature(parse_proof(text).note, key)
-        except (UnknownError, UnavailableError) as error:
-            raise type(error)(f"{validator}: {error}") from error
-        except (InputError, ValueError) as error:
-            raise UnavailableError(f"{validator} gave no receipt of its own: {error}") from error
-        return text
+            receipts.append(await _ask(stream, validator, validators[validator], question))
+        except (UnavailableError, UnknownError) as error:
+            reasons.append(error)
+            continue
+        question = {kind: name, "size": parse_proof(receipts[0]).checkpoint.size}
+    if receipts:
+        return _merged(receipts).encode()
+    line = f"no receipt for {name}: {'; '.join(map(str, reasons))}"
+    if coming or UnknownError not in map(type, reasons):
+        raise UnavailableError(line)
+    raise UnknownError(line)
+
+
+async def _ask(stream: LedgerStream, validator: str, public_key: bytes, question: dict[str, Any]) -> str:
+    subject, data = f"ledger.receipt.{validator}", json.dumps(question).encode()
+    try:
+        reply = await stream.client.request(subject, data, timeout=RECEIPT_TIMEOUT_S)
+    except (NatsError, OSError, asyncio.TimeoutError) as error:
+        raise UnavailableError(f"{validator}: {str(error) or type(error).__name__}") from error
+    try:
+        text = read_reply(reply.data)
+        verify_cosignature(parse_proof(text).note, VerifierKey(validator, COSIGNATURE_V1, public_key))
+    except (UnknownError, UnavailableError) as error:
+        raise type(error)(f"{validator}: {error}") from error
+    except (InputError, ValueError) as error:
+        raise UnavailableError(f"{validator} gave no receipt of its own: {error}") from error
+    return text
 
 
 def _merged(receipts: list[str]) -> str:

@@ -78,6 +78,26 @@ class StateLayout:
         return self.root / "blobs"
 
     @property
+    def repository(self) -> Path:
+        """The signed repository of releases, unless the setting `repository` puts it elsewhere."""
+        return self.root / "repository"
+
+    @property
+    def repository_keys(self) -> Path:
+        """The keys that sign the repository's metadata: the registrar's alone."""
+        return self.identity / "repository"
+
+    @property
+    def rollouts(self) -> Path:
+        """Plans of rollouts, and what only their driver needs to know; where they stand the ledger says."""
+        return self.root / "coordinator" / "rollouts.json"
+
+    @property
+    def flower(self) -> Path:
+        """The SuperLink's folder, made by the first rollout."""
+        return self.root / "flower"
+
+    @property
     def ports(self) -> Path:
         """The ports in use, remembered."""
         return self.root / "ports.json"

@@ -17,10 +17,10 @@ from typing import Any
 
 import structlog
 
-from bmoe.ledger.rules.membership import quorum_of
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
-from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.errors import BmoeError, ConfigError
 from bmoe.protocol.figures import hand_on
 from bmoe.protocol.files import write_durably
 from bmoe.protocol.keys import Signer
@@ -35,6 +35,8 @@ from coordinator.embedded.ports import Listen, claim_ports
 from coordinator.embedded.state_dir import private_dir
 from coordinator.embedded.supervisor import Child, Event, Supervisor
 from coordinator.engines import Engines
+from coordinator.flower.layout import FlowerLayout, has_flower
+from coordinator.flower.superlink import superlink_child
 from coordinator.identity.guard import NOBODY, write_lists
 from coordinator.identity.infrastructure import GUARD, SERVER, Identity, prepare_identity
 from coordinator.logs import set_up_logs
@@ -48,6 +50,8 @@ COORDINATOR = "coordinator"
 BUILT_IN_OWNER = "bmoe"
 # Each reads the whole ledger before it is ready, and a ledger only grows.
 READY_S = 600.0
+FLOWER_LOOK_S = 1.0
+FLOWER_AGAIN_S = 60.0
 # One thread each: on a small machine OpenMP's spinning costs far more than it brings.
 CHILD_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -104,10 +108,14 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
             ).encode(),
         )
         ports = await start_gateway(settings, layout, identity, supervisor)
+        carrying = _beside(carry_releases(settings, layout, identity, supervisor, ports["superlink"]))
         say(f"gateway is up: API {settings.api_scheme}://{settings.api_host}:{ports['api']}  state {settings.state}")
         say(f"figures for Prometheus: http://{settings.metrics_host}:{ports['metrics']}/metrics")
         say(f"a token for a board: bmoe token create --owner NAME --state {settings.state}")
-        await stopping
+        if not has_flower():
+            say("releases go out over HTTPS alone; for Flower: pip install 'bmoe[federation]'")
+        async with carrying:
+            await stopping
         say("stopping")
 
 
@@ -132,6 +140,8 @@ async def start_gateway(
             "api": Listen(settings.api_host, settings.api_port or None),
             "fleet": Listen(settings.host, settings.fleet_port or None),
             "metrics": Listen(settings.metrics_host, settings.metrics_port or None),
+            "superlink": Listen(),
+            "supernodes": Listen(settings.host, settings.supernodes_port or None),
         },
     )
     broker = prepare_agents_broker(settings, identity)
@@ -149,6 +159,28 @@ async def start_gateway(
     )
     await supervisor.start(_child(settings, COORDINATOR, ("-m", "coordinator.service", "--state", str(settings.state))))
     return ports
+
+
+async def carry_releases(
+    settings: GatewaySettings, layout: StateLayout, identity: Identity, supervisor: Supervisor, port: int
+) -> None:
+    """Once a rollout wants Flower, start the SuperLink and the process beside it; for ever waiting where it is absent."""
+    flower = FlowerLayout(layout.flower)
+    while not (has_flower() and flower.wanted.exists()):  # noqa: ASYNC110 (another process has no event)
+        await asyncio.sleep(FLOWER_LOOK_S)
+    flower.prepare(port, layout.ca)
+    while True:
+        try:
+            log_file = (layout.logs() / "superlink.log").resolve()
+            if "superlink" not in supervisor.pids():
+                await supervisor.start(superlink_child(flower, port, identity.tls(SERVER), log_file))
+            await supervisor.start(
+                _child(settings, "flower", ("-m", "coordinator.flower.host", "--state", str(settings.state)))
+            )
+            return
+        except BmoeError as error:  # rollouts go on over HTTPS meanwhile
+            log.error("flower_not_started", error=str(error), again_s=FLOWER_AGAIN_S)
+            await asyncio.sleep(FLOWER_AGAIN_S)
 
 
 def prepare_agents_broker(settings: GatewaySettings, identity: Identity) -> Server:

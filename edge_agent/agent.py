@@ -18,11 +18,12 @@ from bmoe.inference.runner import Runner, RunResult
 from bmoe.protocol.collector import keep_what_is_loaded
 from bmoe.protocol.errors import BmoeError, InputError, ModelError, RefusedError
 from bmoe.protocol.link import Link, LinkSettings
-from bmoe.protocol.messages import Complaint, Notice, Refusal, open_message, seal_message
+from bmoe.protocol.messages import Complaint, Installed, Notice, Refusal, Update, open_message, seal_message
 from bmoe.protocol.text import plain
 from bmoe.protocol.threads import in_thread
 from bmoe.protocol.tls import mutual_tls
 from bmoe.protocol.topics import topic
+from bmoe.storage.installed import pinned
 from edge_agent import admit as admission
 from edge_agent import certificates, clock
 from edge_agent.admit import Admitted, Decision, Ignored, Load, Refused, Repeated, Rules
@@ -34,12 +35,15 @@ from edge_agent.identity import Identity
 from edge_agent.infer import infer
 from edge_agent.logs import event
 from edge_agent.outbox import Outbox
+from edge_agent.policy import release_check
 from edge_agent.presence import Presence
 from edge_agent.report import Reporter
 from edge_agent.sign import SignedOutput, Stamp, sign
 from edge_agent.systemd import notify, pulse
 from edge_agent.tally import Tally
 from edge_agent.trust import Trust
+from edge_agent.updates import Updates
+from edge_agent.wanted import Result, Wanted
 
 log = logging.getLogger("bmoe.agent")
 T = TypeVar("T")
@@ -75,7 +79,14 @@ class Agent:
         self._fleet = fleet = FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key))
         self.trust = Trust(i, fleet)
         self.experts = Experts(
-            s.state / "experts", fleet, i.registrar, i.ledger, file_bytes=s.expert_bytes, cache_bytes=s.cache_bytes
+            s.state / "experts",
+            fleet,
+            i.registrar,
+            i.ledger,
+            file_bytes=s.expert_bytes,
+            cache_bytes=s.cache_bytes,
+            check=release_check(i, fleet, s.release_assurance),
+            keep=lambda: pinned(s.state),
         )
         self.runner = Runner(
             memory_mb=s.memory_mb, max_sessions=s.max_sessions, nice=s.nice, threads=s.threads, providers=s.providers
@@ -91,6 +102,7 @@ class Agent:
             link_settings, on_message=self._on_message, on_up=self._on_up, on_down=self._on_down,
             will=lambda: self.presence.status("lost"),
         )  # fmt: skip
+        self.updates = Updates(s, self._installed)
         self.reporter = Reporter(self.link, topic(i.name, "output"), self.outbox, self._on_reported)
         self.tally = Tally()
         self.answered = 0
@@ -110,7 +122,7 @@ class Agent:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set, then finish what is in work, say farewell and close. Raises ConfigError."""
-        for channel in ("task", "notice"):
+        for channel in ("task", "notice", "update"):
             self.link.subscribe(topic(self.identity.name, channel))
         try:
             await self.link.start()
@@ -139,6 +151,7 @@ class Agent:
         for job in self._jobs:
             job.cancel()
         await asyncio.gather(*self._jobs, return_exceptions=True)
+        await self.updates.close()
         await self.link.stop(self.presence.status("stopping"))
         await self.experts.close()
         await self.runner.close()
@@ -164,6 +177,8 @@ class Agent:
     def _on_message(self, name: str, payload: bytes) -> None:
         if name.endswith("/task"):
             self._on_task(payload)
+        elif name.endswith("/update"):
+            self._on_update(payload)
         else:
             self._on_notice(payload)
 
@@ -304,6 +319,29 @@ class Agent:
             claim = self.complaints.judge(task, stance, output_root, _now_ms())
             if claim is not None:
                 self._spawn(self._complain(claim))
+
+    def _on_update(self, payload: bytes) -> None:
+        try:
+            sealed = open_message(Update, payload)
+        except InputError as error:
+            return self._ignore(Ignored("malformed", str(error)))
+        stranger = admission.authenticate(sealed, self.rules())
+        if stranger is not None:
+            return self._ignore(stranger)
+        if sealed.header.agent != self.identity.name:
+            return self._ignore(Ignored("misdirected", f"an update for {sealed.header.agent}"))
+        if why := self.updates.take(sealed.header, _now_ms()):
+            self._ignore(Ignored("update", why))
+
+    def _installed(self, wanted: Wanted, result: Result, carrier: str) -> None:
+        """Our signed word of what became of an update; a coordinator that did not hear it asks again."""
+        stamp = self.stamp()
+        header = Installed(
+            **stamp.common(), rollout=wanted.rollout, model=wanted.model, version=wanted.version, state=result.state,
+            reason=plain(result.reason, 300), carrier=carrier,
+        )  # fmt: skip
+        sent = self.link.publish(topic(self.identity.name, "installed"), seal_message(stamp.signer, header), qos=1)
+        sent.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     async def _complain(self, claim: Claim) -> None:
         own = await self.outbox.message(claim.task)

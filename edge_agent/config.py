@@ -45,6 +45,11 @@ class AgentSettings(BaseSettings):
     nice: int = Field(5, ge=0, le=19, description="Niceness of the process that computes.")
     expert_bytes: int = Field(256 * MIB, ge=1024, description="Largest expert file.")
     cache_bytes: int = Field(1024 * MIB, ge=1024, description="Expert files kept on disk, the longest unused go first.")
+    release_assurance: str = Field(
+        "final",
+        pattern="^(final|committed)$",
+        description="When an expert may be used: final, cosigned by a quorum of validators, or committed, on the ledger.",
+    )
     outbox_count: int = Field(8192, ge=1, description="Signed outputs kept to be sent again.")
     outbox_bytes: int = Field(64 * MIB, ge=MIB, description="Bytes of the signed outputs kept.")
     outbox_age_s: int = Field(
@@ -58,6 +63,11 @@ class AgentSettings(BaseSettings):
     notice_wait_s: int = Field(30, ge=1, description="How long after its deadline a task's notice may take.")
     health_every_s: float = Field(10.0, gt=0, le=3600, description="Pause between health messages.")
     keepalive_s: int = Field(20, ge=2, le=600, description="MQTT keepalive.")
+    updates: str = Field(
+        "auto",
+        pattern="^(auto|https|off)$",
+        description="How releases of a rollout come: auto (by Flower where it is installed, else HTTPS), https, or off.",
+    )
     source_local: bool = Field(
         False, description="A source is answered by this board alone, unverified, where the gateway cannot be asked."
     )

@@ -12,6 +12,7 @@ import logging
 import os
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,8 +45,19 @@ class Experts:
     """The cache in one folder. `get` gives an expert, fetched first if need be; equal requests share one fetch."""
 
     def __init__(
-        self, folder: Path, fleet: FleetClient, registrar: bytes, ledger: bytes, *, file_bytes: int, cache_bytes: int
+        self,
+        folder: Path,
+        fleet: FleetClient,
+        registrar: bytes,
+        ledger: bytes,
+        *,
+        file_bytes: int,
+        cache_bytes: int,
+        check: Callable[[Release], None] = lambda release: None,
+        keep: Callable[[], set[str]] = set,
     ) -> None:
+        """`check` raises for a release whose file may not be fetched; `keep` names files, in hex, that never go."""
+        self._check, self._keep = check, keep
         self._folder, self._fleet, self._registrar, self._ledger = folder, fleet, registrar, ledger
         self._file_bytes, self._cache_bytes = min(file_bytes, cache_bytes), cache_bytes
         self._ready: OrderedDict[bytes, Served] = OrderedDict()
@@ -103,6 +115,7 @@ class Experts:
         release = self.release(digest)
         path = self._path(digest)
         if not path.exists() or path.stat().st_size != release.size:
+            self._check(release)
             self._make_room(release.size, digest)
             started = time.monotonic()
             self._download(release)
@@ -163,10 +176,11 @@ class Experts:
     def _make_room(self, needed: int, keep: bytes) -> None:
         files = [(entry.stat(), entry) for entry in self._folder.iterdir() if entry.suffix in (".onnx", ".part")]
         total = sum(status.st_size for status, _ in files) + needed
+        kept = {keep.hex(), *self._keep()}
         for status, path in sorted(files, key=lambda item: item[0].st_mtime):
             if total <= self._cache_bytes:
                 break
-            if path.stem == keep.hex():
+            if path.stem in kept:
                 continue
             self._ready.pop(bytes.fromhex(path.stem), None)
             path.unlink(missing_ok=True)

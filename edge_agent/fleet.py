@@ -51,17 +51,26 @@ class FleetClient:
 
         `from_start` says that the server sent the whole again: what was there before `offset` is to be dropped.
         """
+        first = True
+        for begin, chunk in self._chunks(path, offset, max_bytes):
+            sink(chunk, first and begin == 0)
+            first = False
+
+    def stream(self, path: str, offset: int, max_bytes: int) -> Iterator[bytes]:
+        """The body from `offset` on, chunk by chunk; raises as `get` does."""
+        for begin, chunk in self._chunks(path, offset, max_bytes):
+            yield chunk[max(0, offset - begin) :]
+
+    def _chunks(self, path: str, offset: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+        """(where it begins, chunk) of a body asked for from `offset` on; the server may send the whole."""
         headers = {"Range": f"bytes={offset}-"} if offset else {}
         with self._reply("GET", path, None, headers) as response:
-            begin = _range_start(response, offset)
-            received = begin
-            first = True
+            received = _range_start(response, offset)
             while chunk := _read(response, CHUNK_BYTES, path):
                 received += len(chunk)
                 if received > max_bytes:
                     raise MessageError(f"{path} has more than the {max_bytes} bytes it should have")
-                sink(chunk, first and begin == 0)
-                first = False
+                yield received - len(chunk), chunk
 
     @contextlib.contextmanager
     def _reply(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from bmoe.inference.runner import Runner
 from bmoe.protocol.errors import UnavailableError
 from bmoe.protocol.tls import mutual_tls
+from bmoe.storage.installed import pinned
 from edge_agent import certificates, logs
 from edge_agent.config import AgentSettings
 from edge_agent.experts import Experts
@@ -17,6 +18,7 @@ from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity, load_identity
 from edge_agent.local import Local
 from edge_agent.models import Models
+from edge_agent.policy import release_check
 from edge_agent.requester import SESSION, Requester
 from edge_agent.service import only_one
 from edge_agent.source import Asker, Source
@@ -46,7 +48,14 @@ async def _serve(
     fleet = FleetClient(i.url, lambda: mutual_tls(i.ca, i.certificate, i.key))
     # A folder of its own: two processes must not make room in one.
     experts = Experts(
-        folder / "experts", fleet, i.registrar, i.ledger, file_bytes=s.expert_bytes, cache_bytes=s.cache_bytes
+        folder / "experts",
+        fleet,
+        i.registrar,
+        i.ledger,
+        file_bytes=s.expert_bytes,
+        cache_bytes=s.cache_bytes,
+        check=release_check(i, fleet, s.release_assurance),
+        keep=lambda: pinned(s.state),
     )
     submissions = Submissions(folder / "submissions.db", count=s.source_queue_count, size=s.source_queue_bytes)
     requester = Requester(i, s.keepalive_s)

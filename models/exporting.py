@@ -6,11 +6,15 @@ Shared by the built-in models' training scripts, which say what theirs is in a `
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import io
+import json
 import math
 import os
+import platform
+import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from bmoe.storage.manifest import FORMAT, MANIFEST_NAME, Expert, Golden, Model, TensorSpec, render_manifest
+from bmoe.storage.origin import ORIGIN_NAME
 
 OPSET = 17
 GOLDEN_ROWS = 4
@@ -74,6 +79,31 @@ def export(
     )
     (folder / MANIFEST_NAME).write_bytes(render_manifest(model))
     return model
+
+
+def write_origin(
+    source: Source, folder: Path, data: Mapping[str, str], seed: int, parameters: Mapping[str, object]
+) -> None:
+    """Writes origin.json, what this run knows of where the model comes from; `bmoe release publish` states it.
+
+    `data`: SHA-256 by name. Times are left out, so that equal runs write equal files.
+    """
+    environment = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "onnx", "onnxruntime")}
+    facts = {
+        "data": dict(data),
+        "code": {"uri": f"models/{source.name}/train.py", "commit": _commit()},
+        "seeds": {"torch": seed},
+        "environment": {**environment, "python": platform.python_version(), "machine": platform.machine()},
+        "parameters": dict(parameters),
+    }
+    (folder / ORIGIN_NAME).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _commit() -> str:
+    """The commit of this checkout, with `-dirty` behind it where files differ; nothing outside a checkout."""
+    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def _part(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-for folder in ("", "unit", "integration", "fuzz"):
+for folder in ("", "unit", "integration", "fuzz", "flower"):
     path = str(Path(__file__).parent / folder)
     if path not in sys.path:
         sys.path.insert(0, path)

@@ -33,9 +33,10 @@ from bmoe.ledger.rules.entries import (
 )
 from bmoe.ledger.rules.fold import Applied, apply_message
 from bmoe.ledger.rules.frames import NO_FRAME, build_frame
-from bmoe.ledger.rules.membership import RULES_VERSION, quorum_of
+from bmoe.ledger.rules.membership import RULES_VERSION
 from bmoe.ledger.rules.outputs import opening_of
 from bmoe.ledger.rules.policies.ballot import LETTERS
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust, validator_key
 from bmoe.ledger.rules.voting import Candidate, Tolerance, distance, stance

@@ -1,7 +1,8 @@
 """Receipts on request: a validator puts together, from its replica, what an auditor needs, and answers over NATS.
 
-Request to `ledger.receipt.<validator>`: JSON {"task": hex} or {"request": hex}; with "size" to meet other validators'
-cosignatures on one checkpoint, and "wait_ms" (at most 5000) to hear sooner that there is none yet.
+Request to `ledger.receipt.<validator>`: JSON {"task": hex}, {"request": hex}, {"release": hex of the file's SHA-256} or
+{"model": "NAME VERSION"}; with "size" to meet other validators' cosignatures on one checkpoint, and "wait_ms" (at most
+5000) to hear sooner that there is none yet.
 Reply: the receipt's text, or JSON {"error": "one clear line"}, with "unknown": true where the ledger has no such id.
 """
 
@@ -33,21 +34,30 @@ SUBJECT = "ledger.receipt"
 WAIT_MS = 5000
 REQUEST_BYTES = 1024
 ASKED_AT_ONCE = 64
+# What may be asked for, as which kind of entry, and how many bytes name it (0: a text).
+ASKED = {"task": ("verdict", 16), "request": ("answer", 16), "release": ("release", 32), "model": ("model", 0)}
+# Kinds whose leaf says all: the registrar's own statement.
+STATED = ("release", "model")
 
 
 def make_receipt(store: Store, state: State, kind: str, name: bytes, size: int) -> str:
-    """The receipt of a verdict or answer under the signed checkpoint of `size`.
+    """The receipt of an entry under the signed checkpoint of `size`.
 
-    Raises LedgerError, UnavailableError, UnknownError. `kind` is "verdict" (name: task id) or "answer" (name: request id).
+    Raises LedgerError, UnavailableError, UnknownError. `kind` is "verdict" (name: task id), "answer" (request id),
+    "release" (digest) or "model" (as `store.model_name` has it).
     """
     index, note = store.find(kind, name), store.note(size)
     if index is None:
-        raise UnknownError(f"no {kind} for {name.hex()} stands on this ledger")
+        raise UnknownError(f"no {kind} for {_shown(kind, name)} stands on this ledger")
     if index >= size:
-        raise UnavailableError(f"no {kind} for {name.hex()} stands among the first {size} leaves of this ledger")
+        raise UnavailableError(
+            f"no {kind} for {_shown(kind, name)} stands among the first {size} leaves of this ledger"
+        )
     if note is None:
         raise UnavailableError(f"no cosigned checkpoint of size {size} is kept here")
     leaf = store.leaf(index)
+    if kind in STATED:
+        return format_receipt(Evidence(leaf), index, store.proof(index, size), note)
     entry = parse_entry(leaf)
     supports: list[Support] = []
     verdicts: list[Verdict] = []
@@ -66,6 +76,10 @@ def make_receipt(store: Store, state: State, kind: str, name: bytes, size: int) 
     openings = _openings(store, entry, verdicts)
     evidence = Evidence(leaf, tuple(supports), members, releases, models, openings)
     return format_receipt(evidence, index, store.proof(index, size), note)
+
+
+def _shown(kind: str, name: bytes) -> str:
+    return name.decode() if kind == "model" else name.hex()
 
 
 def _verdict(leaf: bytes) -> Verdict:
@@ -149,7 +163,9 @@ class ReceiptService:
                 await self._cosigner.until(under, asked.wait_s)
             except asyncio.TimeoutError:
                 if self._store.find(asked.kind, asked.name) is None:
-                    raise UnknownError(f"no {asked.kind} for {asked.name.hex()} stands on this ledger") from None
+                    raise UnknownError(
+                        f"no {asked.kind} for {_shown(asked.kind, asked.name)} stands on this ledger"
+                    ) from None
                 raise
         size = self._cosigner.signed if asked.size is None else asked.size
         return make_receipt(self._store, self._state, asked.kind, asked.name, size)
@@ -157,7 +173,7 @@ class ReceiptService:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A parsed request: "verdict" or "answer", its id, the size wanted if any, and how long to wait."""
+    """A parsed request: what kind of entry, its name, the size wanted if any, and how long to wait."""
 
     kind: str
     name: bytes
@@ -171,12 +187,12 @@ def _parse(data: bytes) -> _Asked:
         values: Any = json.loads(data) if len(data) <= REQUEST_BYTES else None
         size, wait_ms = values.pop("size", None), values.pop("wait_ms", WAIT_MS)
         ((field, name),) = values.items()
-        raw = bytes.fromhex(name)
-        kind = {"task": "verdict", "request": "answer"}[field]
+        kind, length = ASKED[field]
+        raw = name.encode() if kind == "model" else bytes.fromhex(name)
     except (ValueError, AttributeError, TypeError, LookupError, RecursionError) as error:
-        raise MessageError('a receipt is asked for with {"task": hex} or {"request": hex}') from error
-    if len(raw) != 16 or not (size is None or (type(size) is int and 0 < size < 2**63)):
-        raise MessageError("a task or request id has 16 bytes, a size is a positive integer")
+        raise MessageError(f"a receipt is asked for with one of {', '.join(ASKED)}") from error
+    if length not in (0, len(raw)) or not (size is None or (type(size) is int and 0 < size < 2**63)):
+        raise MessageError("a task or request id has 16 bytes, a release's digest 32, a size is a positive integer")
     if type(wait_ms) is not int or not 0 <= wait_ms <= WAIT_MS:
         raise MessageError(f"wait_ms is an integer in 0..{WAIT_MS}")
     return _Asked(kind, raw, size, wait_ms / 1000)

@@ -39,6 +39,8 @@ MAX_ATTACHMENT_BYTES = 64 * 1024 * 1024
 ROLES = ("agent", "coordinator", "validator", "registrar")
 REFUSALS = ("busy", "expired", "unknown-expert", "too-large", "bad-input", "failed", "duplicate")
 STATES = ("online", "stopping", "lost")
+CARRIERS = ("flower", "https")
+INSTALL_STATES = ("installed", "refused", "failed")
 
 
 def _one_of(number: int, words: Sequence[str]) -> Any:
@@ -228,6 +230,39 @@ class ModelRelease(Header):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Update(Header):
+    """The coordinator tells an agent which version of a model it is wanted to hold, and how it gets it.
+
+    `superlink` is the host:port at which the agent's SuperNode is expected where the carrier is flower.
+    """
+
+    TYPE = 13
+    CONTEXT = "bmoe/update/v1"
+    agent: str = name(6)
+    rollout: bytes = octets(7, 16)
+    model: str = name(8)
+    version: int = uint(9)
+    digests: tuple[Any, ...] = array(10, is_digest, 257, "digests of the version's parts")
+    carrier: str = _one_of(11, CARRIERS)
+    superlink: str = text(12, 300)
+    issued_ms: int = uint(13)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Installed(Header):
+    """An agent says what became of an update: it holds the version, refuses it, or could not get it yet, and why."""
+
+    TYPE = 14
+    CONTEXT = "bmoe/installed/v1"
+    rollout: bytes = octets(6, 16)
+    model: str = name(7)
+    version: int = uint(8)
+    state: str = _one_of(9, INSTALL_STATES)
+    reason: str = text(10, 300)
+    carrier: str = _one_of(11, CARRIERS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class FrameHeader(Header):
     """The signed head of one stream message: its entries by leaf hash, its attachments by digest and size."""
 
@@ -255,7 +290,7 @@ MESSAGES: dict[int, type[Header]] = {
     cls.TYPE: cls
     for cls in (
         Task, Output, Refusal, Status, Health, Notice, Complaint, Member, Enrolment, Promise, Release, ModelRelease,
-        FrameHeader,
+        Update, Installed, FrameHeader,
     )
 }  # fmt: skip
 

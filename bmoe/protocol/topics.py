@@ -1,7 +1,8 @@
 """MQTT topics: one folder a device, so that a broker can let each device speak only as itself.
 
-Letters, digits, '-', '_' and '/' only: '.' and spaces break on NATS. Down (to the device): task, notice, reply.
-Up (from the device): output, refusal, status (retained), health, complaint; and request/MODEL, one level deeper.
+Letters, digits, '-', '_' and '/' only: '.' and spaces break on NATS. Down (to the device): task, notice, reply, update.
+Up (from the device): output, refusal, status (retained), health, complaint, installed; and request/MODEL, one level
+deeper.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from bmoe.protocol.errors import MessageError
 from bmoe.protocol.schema import is_name
 
 ROOT = "bmoe/v1"
-DOWN = ("task", "notice", "reply")
-UP = ("output", "refusal", "status", "health", "complaint")
+DOWN = ("task", "notice", "reply", "update")
+UP = ("output", "refusal", "status", "health", "complaint", "installed")
 REQUEST = "request"
 EVERY_REQUEST = f"{ROOT}/+/{REQUEST}/+"
 

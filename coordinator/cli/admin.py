@@ -13,7 +13,7 @@ from coordinator.embedded.ports import read_ports
 from coordinator.state_layout import StateLayout
 
 ADMIN = "bmoe-admin"
-TIMEOUT_S = 30.0
+TIMEOUT_S = 120.0
 
 
 class Admin:

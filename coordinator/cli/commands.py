@@ -18,6 +18,8 @@ from coordinator.cli.boards import boards_app
 from coordinator.cli.emulate import emulate
 from coordinator.cli.flash import flash
 from coordinator.cli.model import model_app
+from coordinator.cli.release import release_app
+from coordinator.cli.rollout import rollout_app
 from coordinator.cli.tables import out, show
 from coordinator.cli.tenants import api_token_app, tenant_app
 from coordinator.config import GatewaySettings, load_settings
@@ -34,6 +36,8 @@ app = typer.Typer(
 token_app = typer.Typer(help="One-time tokens with which boards join.", no_args_is_help=True)
 device_app = typer.Typer(help="Enrolled devices.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(release_app, name="release")
+app.add_typer(rollout_app, name="rollout")
 app.add_typer(token_app, name="token")
 app.add_typer(api_token_app, name="api-token")
 app.add_typer(tenant_app, name="tenant")

@@ -51,7 +51,7 @@ def init(
 @model_app.command()
 def check(folder: Folder) -> None:
     """Run everything that could make a model unfit to be served. Exit status 2 and one line for each fault."""
-    if faults := asyncio.run(_checked(folder)):
+    if faults := asyncio.run(checked(folder)):
         raise ModelError(f"{folder} cannot be served as it is: {faults} fault{'s' if faults > 1 else ''}, see above")
     typer.echo("can be served")
 
@@ -68,7 +68,7 @@ def publish(
     from coordinator.models.publish import publish as send
     from coordinator.models.publish import published_version
 
-    if faults := asyncio.run(_checked(folder)):
+    if faults := asyncio.run(checked(folder)):
         raise ModelError(f"{folder} was not published: {faults} fault{'s' if faults > 1 else ''}, see above")
     model, data = read_manifest(folder)
     served, digest = published_version(state, model.name)
@@ -91,7 +91,7 @@ def list_models(state: State = DEFAULT_STATE) -> None:
         typer.echo(f"{model['name']} version {model['version']}, {model['experts']} experts")
 
 
-async def _checked(folder: Path) -> int:
+async def checked(folder: Path) -> int:
     """Print every finding; how many were bad."""
     from coordinator.models.check import examine
     from coordinator.models.trial import Lab

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,9 +16,12 @@ from starlette.responses import JSONResponse, Response
 from bmoe.protocol.errors import MessageError, RefusedError
 from bmoe.protocol.schema import is_name
 from bmoe.protocol.text import is_plain
-from bmoe.storage.manifest import MAX_MANIFEST_BYTES, Model, parse_manifest
+from bmoe.storage.manifest import MAX_MANIFEST_BYTES, parse_manifest
+from bmoe.storage.origin import MAX_ORIGIN_BYTES, check_origin
+from coordinator.identity.blobs import is_hex_digest, read_blob
 from coordinator.identity.releases import check_blobs
 from coordinator.identity.server import Fleet, peer, read_body, read_json
+from coordinator.identity.shelf import Shelf
 from coordinator.identity.tokens import ID_BYTES, TokenStore, spell_token
 
 TTL_S = 3600
@@ -26,15 +30,16 @@ TTL_S = 3600
 @dataclass(frozen=True)
 class Desk:
     """What the operator's routes need. `url` goes into tokens; `revoke(name, reason)` gives the number of sessions
-    ended; `publish(model, manifest, owner)` the ledger position, 0 where the ledger has that version already;
-    `models()` those that are served."""
+    ended; `publish(model, manifest, owner, hold, origin)` the ledger position, 0 where the ledger has that version
+    already; `models()` those that are served; `shelf` keeps the repository."""
 
     fleet: Fleet
     tokens: TokenStore
     url: str
     revoke: Callable[[str, str], Awaitable[int]]
-    publish: Callable[[Model, bytes, str], Awaitable[int]]
+    publish: Callable[..., Awaitable[int]]
     models: Callable[[], list[dict[str, Any]]] = list
+    shelf: Shelf | None = None
 
     def now_ms(self) -> int:
         """Now, in ms since 1970."""
@@ -51,6 +56,10 @@ def add_admin_routes(app: FastAPI, desk: Desk) -> None:
         ("/v1/admin/devices/{name}/revoke", "POST", _revoke_device),
         ("/v1/admin/releases", "POST", _publish_model),
         ("/v1/admin/models", "GET", _list_models),
+        ("/v1/admin/releases", "GET", _list_releases),
+        ("/v1/admin/releases/{model}/{version}", "GET", _show_release),
+        ("/v1/admin/withdrawals", "POST", _withdraw),
+        ("/v1/admin/repository/keys", "POST", _rotate),
     ):
         app.add_route(path, partial(_for_operator, desk, handler), [method])
 
@@ -114,9 +123,61 @@ async def _publish_model(desk: Desk, request: Request) -> dict[str, Any]:
     manifest = await read_body(request, MAX_MANIFEST_BYTES)
     model = parse_manifest(manifest)
     await asyncio.to_thread(check_blobs, desk.fleet.blobs, model)
-    position = await desk.publish(model, manifest, str(owner))
+    hold = request.query_params.get("hold") == "true"
+    position = await desk.publish(model, manifest, str(owner), hold, await _origin(desk, request))
     desk.fleet.report("model_published", model=model.name, version=model.version, owner=owner, position=position)
-    return {"model": model.name, "version": model.version, "position": position}
+    # One that was there before is not waited for: a gateway starts though its validators be away.
+    final = desk.shelf is None or await desk.shelf.final(model.name, model.version, wait=position > 0)
+    held = desk.shelf is not None and desk.shelf.held(model.name, model.version)
+    return {"model": model.name, "version": model.version, "position": position, "final": final, "held": held}
+
+
+async def _origin(desk: Desk, request: Request) -> bytes:
+    """The statement of origin staged under its SHA-256, `?origin=`; nothing where none is named."""
+    digest = request.query_params.get("origin", "")
+    if not digest:
+        return b""
+    if not is_hex_digest(digest):
+        raise MessageError("?origin= must be a SHA-256 in lower-case hex")
+    data = await asyncio.to_thread(read_blob, desk.fleet.blobs, digest, MAX_ORIGIN_BYTES)
+    check_origin(data)
+    return data
+
+
+async def _list_releases(desk: Desk, request: Request) -> dict[str, Any]:
+    return {"releases": await _shelf(desk).list()}
+
+
+async def _show_release(desk: Desk, request: Request) -> dict[str, Any]:
+    model, version = request.path_params["model"], request.path_params["version"]
+    if not is_name(model) or not re.fullmatch(r"[0-9]{1,10}", version):
+        raise MessageError("a release is named by its model and the number of its version")
+    return await _shelf(desk).show(model, int(version))
+
+
+async def _withdraw(desk: Desk, request: Request) -> dict[str, Any]:
+    body = await read_json(request)
+    model, version, reason = (body.get(key) for key in ("model", "version", "reason"))
+    if not is_name(model) or type(version) is not int or not isinstance(reason, str):
+        raise MessageError('expected {"model": name, "version": number, "reason": text}')
+    if not 0 < len(reason) <= 200 or not is_plain(reason):
+        raise MessageError("reason must be text of 1..200 characters and no control characters")
+    parts, served = await _shelf(desk).withdraw(str(model), version, reason)
+    return {"model": model, "version": version, "parts": parts, "served": served}
+
+
+async def _rotate(desk: Desk, request: Request) -> dict[str, Any]:
+    body = await read_json(request)
+    role, keys, threshold = body.get("role"), body.get("keys", 1), body.get("threshold", 1)
+    if not is_name(role) or type(keys) is not int or type(threshold) is not int:
+        raise MessageError('expected {"role": name, "keys": number, "threshold": number}')
+    return await _shelf(desk).rotate(str(role), keys, threshold)
+
+
+def _shelf(desk: Desk) -> Shelf:
+    if desk.shelf is None:
+        raise RefusedError("this gateway keeps no repository")
+    return desk.shelf
 
 
 async def _list_models(desk: Desk, request: Request) -> dict[str, Any]:

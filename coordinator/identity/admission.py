@@ -115,7 +115,7 @@ _REQUESTS = (f"{REQUEST}.*",)
 _BY_ROLE: dict[str, Callable[[str], Permissions]] = {
     "agent": lambda name: Permissions(_subjects(name, (*UP, *_REQUESTS)), _subjects(name, DOWN), SUBSCRIPTIONS_MAX),
     "coordinator": lambda name: Permissions(
-        _subjects("*", DOWN), _subjects("*", ("output", "refusal", "status", "health", *_REQUESTS))
+        _subjects("*", DOWN), _subjects("*", ("output", "refusal", "status", "health", "installed", *_REQUESTS))
     ),
     "validator": lambda name: Permissions((), _subjects("*", ("complaint", "status"))),
 }

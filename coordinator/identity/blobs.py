@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
+
+from bmoe.protocol.errors import InputError
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
@@ -15,6 +18,18 @@ _RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
 def is_hex_digest(value: str) -> bool:
     """Whether `value` spells a SHA-256 digest our one way; nothing else may become a file name."""
     return _DIGEST.fullmatch(value) is not None
+
+
+def read_blob(folder: Path, digest: str, limit: int) -> bytes:
+    """A small file of `folder`, whose bytes are those of the digest; raises InputError."""
+    try:
+        with (folder / digest).open("rb") as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"blob {digest} cannot be read: {error.strerror}") from None
+    if len(data) > limit or hashlib.sha256(data).hexdigest() != digest:
+        raise InputError(f"blob {digest} is damaged, or has more than {limit} bytes")
+    return data
 
 
 def serve_blob(folder: Path, digest: str, request: Request) -> Response:

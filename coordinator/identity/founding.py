@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from bmoe.ledger.rules.entries import Entry, Genesis, MemberEntry
-from bmoe.ledger.rules.membership import RULES_VERSION, quorum_of
+from bmoe.ledger.rules.membership import RULES_VERSION
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust
 from coordinator.identity.directory import Known

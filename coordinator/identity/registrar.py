@@ -10,8 +10,8 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
@@ -23,7 +23,7 @@ import structlog
 import uvloop
 from fastapi import FastAPI
 
-from bmoe.ledger.rules.entries import Revocation
+from bmoe.ledger.rules.entries import Revocation, Rollout
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.collector import keep_what_is_loaded
@@ -37,6 +37,8 @@ from coordinator import logs
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
+from coordinator.flower.layout import FlowerLayout
+from coordinator.flower.register import ask_for, forget
 from coordinator.identity.admin import Desk, add_admin_routes
 from coordinator.identity.broker import connected
 from coordinator.identity.callout import Callout
@@ -51,12 +53,15 @@ from coordinator.identity.issued import Issued
 from coordinator.identity.jwt import Issuer
 from coordinator.identity.kick import Kicker
 from coordinator.identity.releases import check_publishable, release_entries
+from coordinator.identity.repository_routes import add_repository_routes
 from coordinator.identity.server import Fleet, make_app, nothing
+from coordinator.identity.shelf import Shelf, open_repository
 from coordinator.identity.tokens import TokenStore
 from coordinator.logs import set_up_logs
 from coordinator.state_layout import StateLayout
 
 AGAIN_S = 1.0
+HELD = "held until it is rolled out"
 Report = Callable[..., Any]
 
 
@@ -72,6 +77,7 @@ class Registrar:
         self._sweep = asyncio.Event()
         self._desk: LedgerDesk
         self._issued: Issued
+        self._shelf: Shelf
         # What the broker, whichever it is, lets us do.
         self._drop: Callable[[str, str], Awaitable[int]]
         self._sweep_now: Callable[[], Awaitable[int]]
@@ -85,13 +91,15 @@ class Registrar:
             raise ConfigError(f"{self.layout.ports} names no {', '.join(sorted(missing))}: bring the gateway up first")
         async with contextlib.AsyncExitStack() as stack:
             following = await self._open_ledger(stack, ports["ledger.client"])
+            await self._shelf.open()
             self._issued = Issued(self.identity.folder / "issued.db")
             stack.callback(self._issued.close)
             await _OPEN[self.settings.broker](self, stack, ports["broker.client"])
             app = self._application(stack, ports["broker.mqtt"], ports["fleet"])
             context = server_tls(self.identity.tls(SERVER))
             on_ready(await stack.enter_async_context(fleet_serving(app, self.settings.host, ports["fleet"], context)))
-            duties = (self._sweep_sessions(), stop.wait(), hand_on(self.layout.figures("registrar"), self.figures))
+            figures = hand_on(self.layout.figures("registrar"), self.figures)
+            duties = (self._sweep_sessions(), self._shelf.keep_fresh(), stop.wait(), figures)
             tasks: set[asyncio.Task[Any]] = {asyncio.ensure_future(duty) for duty in duties}
             for task in tasks:
                 stack.callback(task.cancel)
@@ -122,17 +130,26 @@ class Registrar:
         self.report("device_revoked", device=name, reason=reason, sessions_ended=ended)
         return ended
 
-    async def publish(self, model: Model, manifest: bytes, owner: str) -> int:
+    async def publish(self, model: Model, manifest: bytes, owner: str, hold: bool = False, origin: bytes = b"") -> int:
         """Enter a model and its releases; the position of their frame, or 0 when the ledger has this very version.
+
+        With `hold` a version that follows another is not in use before its rollout is done: see `bmoe rollout start`.
 
         Raises RefusedError for what the ledger's rules would refuse, and for an older version than the one served.
         """
         digest = hashlib.sha256(manifest).digest()
         if _published(self._desk.state, model, digest):
+            # Again, for what a crash may have kept from the repository.
+            with contextlib.suppress(UnavailableError):
+                await self._shelf.put(model, manifest, owner, origin)
             return 0
         check_publishable(self._desk.state, model)
         now_ms = time.time_ns() // 1_000_000
         entries = release_entries(self.identity.registrar, self._desk, model, digest, owner, now_ms)
+        if hold and model.name in self._desk.state.models:
+            facts = {"rollout": os.urandom(16), "model": model.name, "version": model.version, "wave": ()}
+            entries.append((Rollout, {**facts, "stage": "paused", "reason": HELD}))
+        await self._shelf.put(model, manifest, owner, origin)
         position = await self._desk.enter(*entries)
         if not _published(self._desk.state, model, digest):
             raise LedgerError(f"the ledger did not accept {model.name} {model.version}: see its rejected entries")
@@ -156,6 +173,8 @@ class Registrar:
         self._desk = LedgerDesk(stream, state, self.identity.registrar, self.directory, self._sweep.set)
         stack.push_async_callback(self._desk.close)
         following = await self._desk.open()
+        repository = open_repository(self.settings)
+        self._shelf = Shelf(repository, self.layout.blobs, self._desk, stream, self.settings, self.report)
         coordinator = Signer.load_or_create(self.layout.signing_key).public_key
         missing = missing_entries(trust, coordinator, state, self.identity, self._desk, time.time_ns() // 1_000_000)
         if missing:
@@ -184,7 +203,7 @@ class Registrar:
         identity, desk = self.identity, self._desk
         tokens = TokenStore(identity.folder / "tokens.db")
         stack.callback(tokens.close)
-        dialled = _dialled(self.settings)
+        dialled = self.settings.agents_dial
         fleet = Fleet(
             authority=identity.authority,
             directory=self.directory,
@@ -200,11 +219,14 @@ class Registrar:
             broker=(dialled, mqtt),
             report=self.report,
             models=desk.state.model_statements.get,
+            withdrawn=desk.state.withdrawn,
             admit=self._admit,
+            supernode=partial(ask_for, FlowerLayout(self.layout.flower)),
         )
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"
-        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, self.publish, self._models))
+        add_repository_routes(app, fleet, self._shelf)
+        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, self.publish, self._models, self._shelf))
         return app
 
     async def _sweep_sessions(self) -> None:
@@ -213,6 +235,9 @@ class Registrar:
         while True:
             await self._sweep.wait()
             self._sweep.clear()
+            for path in FlowerLayout(self.layout.flower).keys.glob("*.pub"):
+                if self._refused(path.stem):
+                    forget(FlowerLayout(self.layout.flower), path.stem)
             try:
                 await self._sweep_now()
                 # One that was admitted just before its revocation may be listed only just after it.
@@ -238,13 +263,6 @@ _OPEN = {"nats": Registrar._open_nats, "mosquitto": Registrar._open_mosquitto}
 def _published(state: State, model: Model, digest: bytes) -> bool:
     found = state.versions.get((model.name, model.version))
     return found is not None and found.manifest == digest
-
-
-def _dialled(settings: GatewaySettings) -> str:
-    """What agents dial: the first public name, else where we listen, else this machine's name."""
-    if settings.public_hosts:
-        return settings.public_hosts[0]
-    return socket.gethostname() if settings.host in ("0.0.0.0", "::") else settings.host
 
 
 async def _serve(settings: GatewaySettings, report: Report) -> None:

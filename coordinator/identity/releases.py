@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bmoe.ledger.rules.entries import Entry, ModelEntry, ReleaseEntry
+from bmoe.ledger.rules.releases import under_way
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import ModelError, RefusedError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import ModelRelease, Release, seal_message
-from bmoe.storage.manifest import Expert, Model, TensorSpec
+from bmoe.storage.manifest import Model
 from bmoe.storage.onnx_file import read_onnx_file
 from bmoe.storage.onnx_rules import check_declared, check_servable
+from bmoe.storage.stated import stated_tensors
+from bmoe.storage.targets import experts_and_gate
 from coordinator.identity.enrol import LedgerPort
 
 
 def check_blobs(folder: Path, model: Model) -> None:
     """Raise RefusedError unless every file of the model lies in `folder` under its digest, whole."""
-    for part in _parts(model):
+    for part in experts_and_gate(model):
         path = folder / part.sha256
         if not path.is_file() or path.stat().st_size != part.bytes:
             raise RefusedError(
@@ -41,19 +42,22 @@ def check_blobs(folder: Path, model: Model) -> None:
 
 def check_publishable(state: State, model: Model) -> None:
     """Raise RefusedError, naming the next number, unless this is a new version and says nothing new of known files."""
-    served = state.models.get(model.name)
-    latest = served.version if served else 0
+    latest = max((version for name, version in state.versions if name == model.name), default=0)
+    if (rolling := under_way(state, model.name)) is not None:
+        raise RefusedError(
+            f"a rollout of {model.name} {rolling.version} is under way ({rolling.stage}): let it end, or abort it first"
+        )
     if (model.name, model.version) in state.versions:
         raise RefusedError(
             f"{model.name} {model.version} is published with other content: give it version {latest + 1}"
         )
     if model.version < latest:
         raise RefusedError(
-            f"{model.name} {model.version} is older than {latest}, which is served: give it version {latest + 1}"
+            f"{model.name} {model.version} is older than {latest}, which is published: give it version {latest + 1}"
         )
-    for part in _parts(model):
+    for part in experts_and_gate(model):
         known = state.releases.get(bytes.fromhex(part.sha256))
-        if known is not None and (known.batch, known.inputs, known.outputs) != (part.batch, *_declared(part)):
+        if known is not None and (known.batch, known.inputs, known.outputs) != (part.batch, *stated_tensors(part)):
             raise RefusedError(
                 f"{part.file} is released with other tensors or tolerances, and what is said of a file never changes:"
                 " export it anew, so that it gets another digest"
@@ -67,11 +71,11 @@ def release_entries(
     common: dict[str, Any] = {"ledger": ledger.ledger, "epoch": ledger.epoch, "author": "registrar", "seq": now_ms}
     common["issued_ms"] = now_ms
     entries: list[tuple[type[Entry], dict[str, Any]]] = []
-    for part in _parts(model):
+    for part in experts_and_gate(model):
         release = Release(
             **common, model=model.name, expert_name=part.name, digest=bytes.fromhex(part.sha256), size=part.bytes,
             opset=part.opset, memory_mb=part.memory_mb, batch=part.batch, owner=owner,
-            inputs=_declared(part)[0], outputs=_declared(part)[1],
+            inputs=stated_tensors(part)[0], outputs=stated_tensors(part)[1],
         )  # fmt: skip
         entries.append((ReleaseEntry, {"statement": seal_message(registrar, release)}))
     whole = ModelRelease(
@@ -81,18 +85,3 @@ def release_entries(
         combine=model.combine, cacheable=model.cacheable,
     )  # fmt: skip
     return [*entries, (ModelEntry, {"statement": seal_message(registrar, whole)})]
-
-
-def _parts(model: Model) -> Iterator[Expert]:
-    yield from model.experts
-    if model.gate is not None:
-        yield model.gate
-
-
-def _declared(part: Expert) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    outputs = tuple((*_tensor(spec), struct.pack(">d", spec.epsilon)) for spec in part.outputs)
-    return tuple(_tensor(spec) for spec in part.inputs), outputs
-
-
-def _tensor(spec: TensorSpec) -> tuple[str, str, tuple[int, ...]]:
-    return spec.name, spec.dtype, tuple(0 if dim is None else dim for dim in spec.dims)

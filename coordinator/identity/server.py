@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from bmoe.protocol.errors import BmoeError, InputError, LedgerError, MessageError, RefusedError, UnavailableError
+from coordinator.flower.register import check_supernode_key
 from coordinator.identity.admission import facts_of, identify
 from coordinator.identity.authority import Authority
 from coordinator.identity.blobs import is_hex_digest, serve_blob
@@ -51,6 +52,8 @@ async def nothing() -> None:
 class Fleet:
     """All that the handlers ask: `releases`, `evidence` and `models` give bytes by digest, task id and name, or None.
 
+    `withdrawn` holds the digests of experts taken back: agents get neither release nor blob.
+    `supernode(device, key)` notes the key of a device's SuperNode, and says whether it is registered with the SuperLink.
     `admit()` returns once the broker knows of a session whose certificate was issued.
     """
 
@@ -67,7 +70,9 @@ class Fleet:
     report: Report
     clock: Callable[[], float] = time.time
     models: Callable[[str], bytes | None] = lambda name: None
+    withdrawn: Container[bytes] = ()
     admit: Callable[[], Awaitable[None]] = nothing
+    supernode: Callable[[str, str], bool] = lambda device, key: False
 
 
 def make_app(fleet: Fleet) -> FastAPI:
@@ -83,6 +88,7 @@ def make_app(fleet: Fleet) -> FastAPI:
         ("/v1/enrol", "POST", partial(_enrol, fleet, failures)),
         ("/v1/token-check", "POST", partial(_token_check, fleet, failures)),
         ("/v1/renew", "POST", partial(_renew, fleet)),
+        ("/v1/supernode", "POST", partial(_supernode, fleet)),
         ("/v1/members", "GET", partial(_members, fleet)),
         ("/v1/releases/{digest}", "GET", partial(_release, fleet)),
         ("/v1/models/{model}", "GET", partial(_model, fleet)),
@@ -110,14 +116,22 @@ async def _renew(fleet: Fleet, request: Request) -> Response:
     return JSONResponse({"certificate": certificate.decode()})
 
 
+async def _supernode(fleet: Fleet, request: Request) -> Response:
+    known = peer(fleet, request)
+    if known.role != "agent":
+        raise RefusedError(f"a SuperNode runs beside an agent, {known.name} is {known.role}")
+    key = check_supernode_key((await read_json(request)).get("public_key"))
+    return JSONResponse({"registered": await asyncio.to_thread(fleet.supernode, known.name, key)})
+
+
 async def _members(fleet: Fleet, request: Request) -> Response:
     peer(fleet, request)
     return JSONResponse({"members": _statements(fleet, None)})
 
 
 async def _release(fleet: Fleet, request: Request) -> Response:
-    peer(fleet, request)
-    digest = request.path_params["digest"]
+    known, digest = peer(fleet, request), request.path_params["digest"]
+    check_not_withdrawn(fleet, known, digest)
     found = fleet.releases(bytes.fromhex(digest)) if is_hex_digest(digest) else None
     return _found(found, "application/cose", f"no release {digest[:64]}")
 
@@ -129,8 +143,15 @@ async def _model(fleet: Fleet, request: Request) -> Response:
 
 
 async def _blob(fleet: Fleet, request: Request) -> Response:
-    peer(fleet, request)
-    return serve_blob(fleet.blobs, request.path_params["digest"], request)
+    known, digest = peer(fleet, request), request.path_params["digest"]
+    check_not_withdrawn(fleet, known, digest)
+    return serve_blob(fleet.blobs, digest, request)
+
+
+def check_not_withdrawn(fleet: Fleet, known: Known, digest: str) -> None:
+    """Raise RefusedError for an agent that asks for what was taken back; whoever judges old verdicts still gets it."""
+    if known.role == "agent" and is_hex_digest(digest) and bytes.fromhex(digest) in fleet.withdrawn:
+        raise RefusedError(f"{digest} is withdrawn")
 
 
 async def _evidence(fleet: Fleet, request: Request) -> Response:

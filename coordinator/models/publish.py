@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
-from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.errors import ConfigError, InputError
 from bmoe.protocol.files import sync_folder, write_durably
 from bmoe.storage.manifest import MANIFEST_NAME, Model, load_model, parts, read_part
+from bmoe.storage.origin import MAX_ORIGIN_BYTES, ORIGIN_NAME, check_origin, make_origin
 from bmoe.storage.packaged import packaged
 from coordinator.cli.admin import Admin
 from coordinator.embedded.state_dir import private_dir
@@ -26,14 +29,45 @@ def model_folder(given: str) -> Path:
     return folder
 
 
-def publish(state: Path, folder: Path, owner: str) -> dict[str, Any]:
+def publish(state: Path, folder: Path, owner: str, hold: bool = False, origin: Path | None = None) -> dict[str, Any]:
     """Stage the files of a model and have the registrar of a running gateway enter its releases.
 
-    Returns the registrar's reply: model, version, and the ledger position, 0 where that version was there before.
+    With `hold` a version that follows another is not in use before its rollout is done. `origin` is an in-toto statement,
+    or a JSON object of the facts to make one of; `origin.json` in the folder when not given, if it is there.
+    Returns the registrar's reply: model, version, whether it is final by now, and the ledger position, 0 where that
+    version was there before.
     Raises ManifestError for a folder that is not what its manifest says, RefusedError as the registrar does.
     """
-    stage(StateLayout(state), folder)
-    return Admin(state).call("POST", f"/v1/admin/releases?owner={owner}", (folder / MANIFEST_NAME).read_bytes())
+    layout = StateLayout(state)
+    model = stage(layout, folder)
+    statement = read_origin(folder, model, origin)
+    digest = hashlib.sha256(statement).hexdigest()
+    write_durably(layout.blobs / digest, statement)
+    path = f"/v1/admin/releases?owner={owner}&origin={digest}{'&hold=true' if hold else ''}"
+    return Admin(state).call("POST", path, (folder / MANIFEST_NAME).read_bytes())
+
+
+def read_origin(folder: Path, model: Model, given: Path | None) -> bytes:
+    """The statement of origin of a model: the file's own, or made of the facts in it; raises InputError."""
+    path = given or folder / ORIGIN_NAME
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        if given is not None:
+            raise InputError(f"{path}: there is no such file") from None
+        return make_origin(model, {})
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    try:
+        facts = json.loads(data[:MAX_ORIGIN_BYTES])
+        if isinstance(facts, dict) and "_type" not in facts:
+            return make_origin(model, facts)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    check_origin(data, model)
+    return data
 
 
 def stage(layout: StateLayout, folder: Path) -> Model:

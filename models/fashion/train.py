@@ -84,6 +84,9 @@ def main() -> None:
     judge(mixture)
     calibration = np.ascontiguousarray(image[:CALIBRATION_ROWS])
     model = exporting.export(SOURCE, mixture.gate, list(mixture.experts), calibration, options.out, options.version)
+    used = {name: data.FILES[name] for name in data.FILES if name.startswith("train-")}
+    parameters = {"epochs": options.epochs, "rows": options.rows}
+    exporting.write_origin(SOURCE, options.out, used, options.seed, parameters)
     print(f"wrote {model.name} version {model.version} to {options.out}; {time.process_time() - start:.0f} CPU-seconds")
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import data
 import numpy as np
 import torch
-from export import export
+from export import SOURCE, export
 from network import TOP_K, Mixture
 from torch import Tensor
 
+from models import exporting
 from models.mixing import balance_loss
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY = 128, 3e-3, 1e-2
@@ -99,6 +100,9 @@ def main() -> None:
         return
     mixture, seen, _ = fold(data.HELD_OUT, options.epochs, options.seed)
     model = export(mixture, seen[::CALIBRATION_STRIDE], options.out, options.version)
+    parameters = {"epochs": options.epochs, "held_out_wearers": list(data.HELD_OUT)}
+    used = {"seglearn/data/watch_dataset.npy": data.FILE_SHA256}
+    exporting.write_origin(SOURCE, options.out, used, options.seed, parameters)
     if options.weights:
         torch.save(mixture.state_dict(), options.weights)
     print(f"wrote {model.name} version {model.version} to {options.out}")

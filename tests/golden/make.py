@@ -97,6 +97,14 @@ def _statements() -> dict[str, Header]:
             **registrar, model="toy", version=3, manifest=bytes([0x3A] * 32), gate=GATE, experts=(EXPERT,), top_k=1,
             combine="weighted_sum", cacheable=False, issued_ms=TIME_MS,
         ),
+        "update": messages.Update(
+            **coordinator, agent="agent-1", rollout=bytes(range(64, 80)), model="toy", version=3, digests=(EXPERT,),
+            carrier="flower", superlink="192.0.2.7:9443", issued_ms=TIME_MS,
+        ),
+        "installed": messages.Installed(
+            **agent, rollout=bytes(range(64, 80)), model="toy", version=3, state="refused", reason="self-test: y differs",
+            carrier="flower",
+        ),
     }  # fmt: skip
 
 
@@ -139,6 +147,13 @@ def _entries(sealed: dict[str, bytes]) -> dict[str, entries.Entry]:
         "equivocation": made(entries.Equivocation, "coordinator", first=sealed["output"], second=_by("agent-1", seq=8)),
         "tick": made(entries.Tick, "validator-1", size=41),
         "rejected": made(entries.Rejected, "coordinator", digest=digest, reason="task 10.. is opened twice"),
+        "withdrawal": made(
+            entries.Withdrawal, "registrar", model="toy", version=3, digests=(EXPERT,), reason="wrong labels"
+        ),
+        "rollout": made(
+            entries.Rollout, "coordinator", rollout=bytes(range(64, 80)), model="toy", version=3, wave=("agent-1",),
+            stage="canary", reason="first wave",
+        ),
     }  # fmt: skip
 
 

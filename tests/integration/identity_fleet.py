@@ -16,7 +16,7 @@ from embedded_servers import PATIENCE, Events
 from benchmarks import mosquitto
 from bmoe.ledger.author import FrameAuthor
 from bmoe.ledger.follower import Follower
-from bmoe.ledger.rules.membership import quorum_of
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust, format_trust, validator_key
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
@@ -59,7 +59,7 @@ class Site:
     async def start_registrar(self) -> None:
         self._stop = asyncio.Event()
         ready: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        registrar = Registrar(load_settings(state=self.state), self._report)
+        registrar = Registrar(load_settings(state=self.state, release_assurance="committed"), self._report)
         self._running = asyncio.create_task(registrar.run(self._stop, ready.set_result))
         waiting: set[asyncio.Future[Any]] = {self._running, ready}
         await asyncio.wait(waiting, timeout=PATIENCE, return_when=asyncio.FIRST_COMPLETED)

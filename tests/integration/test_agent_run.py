@@ -81,6 +81,7 @@ class Bench:
         (self.state / "identity" / "identity.json").write_text(json.dumps(facts))
 
     def start(self, **settings: object) -> None:
+        settings = {"release_assurance": "committed", **settings}  # this gateway has no ledger
         environment = {**os.environ, **{f"BMOE_AGENT_{k.upper()}": str(v) for k, v in settings.items()}}
         command = [sys.executable, "-c", "from edge_agent.cli import main; main()", "run", "--state", str(self.state)]
         with (self.state / "log").open("ab") as log:

@@ -30,9 +30,11 @@ SOURCES = {
     for path in (ROOT / package).rglob("*.py")
 }
 CODE = re.compile(r"`([^`\n]+)`")
-OF_A_STATE_DIRECTORY = {f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json")}
+OF_A_STATE_DIRECTORY = {
+    f"coordinator/{name}" for name in ("", "coordinator.key", "fleet.json", "api_tokens.json", "rollouts.json")
+}
 OPTIONS = {"BMOE_API_TOKEN", "BMOE_JOIN_TOKEN", "BMOE_WIFI_PASSWORD", CACHE}  # variables of options, not of settings
-GROUPS = ("token", "device", "api-token", "tenant", "boards")
+GROUPS = ("token", "device", "api-token", "tenant", "boards", "model", "release", "rollout")
 TOP_FOLDERS = ("bmoe/", "coordinator/", "edge_agent/", "benchmarks/", "docs/", "models/", "tests/", "firmware_configs/")
 
 
@@ -79,8 +81,13 @@ def test_every_message_and_channel_is_explained() -> None:
 
 
 def test_every_path_of_the_servers_is_listed_and_no_other() -> None:
-    api = {f"GET {path}" for path in re.findall(r'"(/v\d[^"]*)", _', SOURCES["coordinator/api.py"])}
-    api |= {"POST /v2/models/{model}/infer", "POST /v2/models/{model}/versions/{version}/infer"}
+    api = {f"GET {path}" for path in re.findall(r'"(/v\d[^"]*)", _(?!start|act)', SOURCES["coordinator/api.py"])}
+    api |= {
+        "POST /v1/rollouts",
+        "POST /v1/rollouts/{model}/{what}",
+        "POST /v2/models/{model}/infer",
+        "POST /v2/models/{model}/versions/{version}/infer",
+    }
     served = api | {f"{method} {path}" for path, method in _routes("coordinator/identity/")}
     listed = set(re.findall(r"^\| `((?:GET|POST|DELETE) /[^`?]+)`", TEXTS["docs/wire_format.md"], re.M))
     assert listed == served

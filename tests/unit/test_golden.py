@@ -64,10 +64,11 @@ def test_an_entry_reads_and_is_spelled_one_way(path: Path) -> None:
 def test_type_numbers_are_these_for_ever() -> None:
     assert {n: c.__name__ for n, c in (MESSAGES | ENTRIES).items()} == {
         1: "Task", 2: "Output", 3: "Refusal", 4: "Status", 5: "Health", 6: "Notice", 7: "Complaint", 8: "Member",
-        9: "Enrolment", 10: "Promise", 11: "Release", 12: "ModelRelease", 16: "FrameHeader", 32: "Genesis",
+        9: "Enrolment", 10: "Promise", 11: "Release", 12: "ModelRelease", 13: "Update", 14: "Installed",
+        16: "FrameHeader", 32: "Genesis",
         33: "MemberEntry", 34: "Revocation", 35: "ReleaseEntry", 36: "ModelEntry", 37: "Opened", 38: "Verdict",
         39: "Answer", 40: "Challenge", 41: "Confirmation", 42: "ComplaintEntry", 43: "Equivocation", 44: "Tick",
-        45: "Rejected",
+        45: "Rejected", 48: "Withdrawal", 52: "Rollout",
     }  # fmt: skip
 
 

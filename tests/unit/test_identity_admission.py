@@ -87,9 +87,10 @@ def test_refusals_name_the_reason(
 def test_device_may_speak_as_itself_alone(directory: Directory) -> None:
     granted = check_certificate(facts("pi-1"), "pi-1", "mqtt", directory, NOW)
     assert granted.publish == tuple(
-        f"bmoe.v1.pi-1.{channel}" for channel in ("output", "refusal", "status", "health", "complaint", "request.*")
+        f"bmoe.v1.pi-1.{channel}"
+        for channel in ("output", "refusal", "status", "health", "complaint", "installed", "request.*")
     )
-    assert granted.subscribe == ("bmoe.v1.pi-1.task", "bmoe.v1.pi-1.notice", "bmoe.v1.pi-1.reply")
+    assert granted.subscribe == tuple(f"bmoe.v1.pi-1.{c}" for c in ("task", "notice", "reply", "update"))
     assert granted.subscriptions == 16
 
 
@@ -101,8 +102,8 @@ def test_device_may_hold_three_further_sessions_under_its_name(directory: Direct
 
 def test_coordinator_and_validator_hear_all_and_cannot_speak_for_devices(directory: Directory) -> None:
     coordinator = check_certificate(facts("coordinator"), "coordinator:2", "mqtt", directory, NOW)
-    assert coordinator.publish == ("bmoe.v1.*.task", "bmoe.v1.*.notice", "bmoe.v1.*.reply")
-    heard = ("output", "refusal", "status", "health", "request.*")
+    assert coordinator.publish == tuple(f"bmoe.v1.*.{c}" for c in ("task", "notice", "reply", "update"))
+    heard = ("output", "refusal", "status", "health", "installed", "request.*")
     assert coordinator.subscribe == tuple(f"bmoe.v1.*.{channel}" for channel in heard)
     validator = check_certificate(facts("validator-1"), "validator-1", "mqtt", directory, NOW)
     assert (validator.publish, validator.subscribe) == ((), ("bmoe.v1.*.complaint", "bmoe.v1.*.status"))

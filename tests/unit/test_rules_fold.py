@@ -16,8 +16,8 @@ from rules_helpers import agreed, carries_on, founded, frame_refused, kinds, mem
 from bmoe.ledger.rules.entries import BY_REFEREE, Entry, Genesis, Opened, Rejected, Tick, Verdict, parse_entry
 from bmoe.ledger.rules.fold import apply_message
 from bmoe.ledger.rules.frames import NO_FRAME, build_frame
-from bmoe.ledger.rules.membership import quorum_of
 from bmoe.ledger.rules.merkle import merkle_root
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.encoding import bstr, encode, read_bstrs
 from bmoe.protocol.envelope import split_envelope

@@ -23,7 +23,8 @@ from bmoe.protocol.topics import (
 def test_topics_are_these() -> None:
     assert topic("agent-1", "task") == "bmoe/v1/agent-1/task"
     assert every_device("output") == "bmoe/v1/+/output"
-    assert (DOWN, UP) == (("task", "notice", "reply"), ("output", "refusal", "status", "health", "complaint"))
+    assert DOWN == ("task", "notice", "reply", "update")
+    assert UP == ("output", "refusal", "status", "health", "complaint", "installed")
 
 
 def test_a_request_names_its_device_and_its_model() -> None:

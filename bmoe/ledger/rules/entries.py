@@ -34,6 +34,7 @@ MAX_STATEMENT_BYTES = 8 * 1024
 MAX_OUTPUTS = 16
 
 OUTCOMES = ("accepted", "undecided", "abandoned")
+STAGES = ("canary", "share", "all", "paused", "done", "rolled-back", "aborted")
 BY_REFEREE = 255
 NOBODY = 254
 
@@ -256,11 +257,39 @@ class Rejected(Entry):
     reason: str = text(8, 300)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Withdrawal(Entry):
+    """A version of a model taken back, for good: it is not served any more, nor are the parts named here fetched."""
+
+    TYPE = 48
+    CONTEXT = "withdrawal"
+    model: str = name(7)
+    version: int = uint(8)
+    digests: tuple[Any, ...] = _digests(9, 257)
+    reason: str = text(10)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rollout(Entry):
+    """The wanted state of one rollout: which version goes to which agents. The latest of an id is what counts.
+
+    `wave` are all the agents wanted on the version so far; at `all` and `done` it is every agent, whatever stands here.
+    """
+
+    TYPE = 52
+    CONTEXT = "rollout"
+    rollout: bytes = octets(7, 16)
+    model: str = name(8)
+    version: int = uint(9)
+    wave: tuple[Any, ...] = array(10, is_name, 1024, "agent names")
+    stage: str = key(11, lambda v: v in STAGES, f"one of {', '.join(STAGES)}")
+    reason: str = text(12)
+
+
 # Numbers kept for entries that later versions write; today's readers keep them as opaque leaves.
 RESERVED = {
     46: "lease",
     47: "unavailable",
-    48: "withdrawal",
     49: "training round",
     50: "rules version",
     51: "key change",
@@ -270,7 +299,7 @@ ENTRIES: dict[int, type[Entry]] = {
     cls.TYPE: cls
     for cls in (
         Genesis, MemberEntry, Revocation, ReleaseEntry, ModelEntry, Opened, Verdict, Answer, Challenge, Confirmation,
-        ComplaintEntry, Equivocation, Tick, Rejected,
+        ComplaintEntry, Equivocation, Tick, Rejected, Withdrawal, Rollout,
     )
 }  # fmt: skip
 

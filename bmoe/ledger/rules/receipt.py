@@ -10,18 +10,17 @@ What cannot be recomputed from one receipt (an agent's standing at that time) is
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bmoe.ledger.rules.checkpoint import verify_cosignature
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.ledger.rules.entries import Answer, Rejected, Verdict, parse_entry
 from bmoe.ledger.rules.merkle import leaf_hash, verify_inclusion
 from bmoe.ledger.rules.outputs import fit_spec, unpack_dims, untold
 from bmoe.ledger.rules.receipt_format import Evidence, Receipt, format_receipt, merge_receipts, parse_receipt
+from bmoe.ledger.rules.receipt_proof import check_cosignatures, step
 from bmoe.ledger.rules.receipt_votes import (
     AuditedVerdict,
     Statements,
@@ -32,13 +31,11 @@ from bmoe.ledger.rules.receipt_votes import (
 )
 from bmoe.ledger.rules.trust import Trust
 from bmoe.protocol.encoding import read_bstrs
-from bmoe.protocol.errors import BmoeError, ConfigError, ProofError
+from bmoe.protocol.errors import ProofError
 from bmoe.protocol.messages import MAX_TENSORS, H, Member, ModelRelease, Release, Sealed, open_message, tensors_from
 from bmoe.protocol.tensors import Tensor
 
 __all__ = ["Audited", "AuditedVerdict", "check_request", "format_receipt", "merge_receipts", "verify_receipt"]
-
-MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -63,48 +60,32 @@ class Audited:
 
 def verify_receipt(text: str | bytes, trust: Trust) -> Audited:
     """Verify a receipt against a trust policy; raises ProofError naming the step that fails and why."""
-    with _step(1, "parse"):
+    with step(1, "parse"):
         receipt = parse_receipt(text)
         evidence, checkpoint = receipt.evidence, receipt.checkpoint
         entry = _entry(evidence.leaf, trust, (Verdict, Answer))
-    with _step(2, "checkpoint"):
+    with step(2, "checkpoint"):
         cosigned = check_cosignatures(receipt, trust)
-    with _step(3, "inclusion"):
+    with step(3, "inclusion"):
         verify_inclusion(receipt.index, checkpoint.size, leaf_hash(evidence.leaf), receipt.path, checkpoint.root)
-    with _step(4, "supports"):
+    with step(4, "supports"):
         verdicts = _supports(receipt, entry, trust)
-    with _step(5, "statements"):
+    with step(5, "statements"):
         statements = _statements(evidence, trust, verdicts)
-    with _step(6, "signatures"):
+    with step(6, "signatures"):
         signed = [check_signatures(index, verdict, statements) for index, verdict in verdicts]
         _exactly(
             {s.header.author for v in signed for s in all_outputs(v)}, set(statements.members), "members' statements"
         )
-    with _step(7, "vote"):
+    with step(7, "vote"):
         openings = _openings(evidence, entry, [v for _, v in verdicts])
         audited = tuple(check_vote(v, statements, openings) for v in signed)
-    with _step(8, "answer"):
+    with step(8, "answer"):
         result = check_answer(entry, audited, statements, openings)
     kind = "answer" if isinstance(entry, Answer) else "verdict"
     facts = (kind, entry, receipt.index, checkpoint.size, checkpoint.root, cosigned, audited, result)
     release = statements.releases[verdicts[0][1].expert]
     return Audited(*facts, *_scope(entry, audited, result), release)
-
-
-def check_cosignatures(receipt: Receipt, trust: Trust) -> tuple[tuple[str, int], ...]:
-    """(validator, POSIX seconds) of each trusted validator that cosigned; raises ProofError below the quorum.
-
-    A line of a key that the policy does not name is ignored, as C2SP asks; one of a named key must verify.
-    """
-    if receipt.checkpoint.origin != trust.origin:
-        raise ProofError(f"the checkpoint is of {receipt.checkpoint.origin!a}, the policy trusts {trust.origin!a}")
-    present = {(s.name, s.key_id) for s in receipt.note.signatures}
-    keys = [key for key in trust.validators if (key.name, key.key_id) in present]
-    cosigned = tuple((key.name, verify_cosignature(receipt.note, key)) for key in keys)
-    if len(cosigned) < trust.quorum:
-        names = ", ".join(name for name, _ in cosigned) or "nobody"
-        raise ProofError(f"a quorum of {trust.quorum} validators must have cosigned, found {len(cosigned)}: {names}")
-    return cosigned
 
 
 def check_request(entry: Answer, release: Release, opening: bytes) -> None:
@@ -113,7 +94,7 @@ def check_request(entry: Answer, release: Release, opening: bytes) -> None:
     `release` is that of an expert of the model, which declares the inputs. Behind the tensors stand, as little-endian
     int64, the dims of each input that has more than one free dim besides its rows.
     """
-    with _step(9, "request"):
+    with step(9, "request"):
         salt, *parts = read_bstrs(opening, 0, 2 * MAX_TENSORS + 1)
         parts, shapes = parts[: len(release.inputs)], list(parts[len(release.inputs) :])
         specs = [
@@ -126,18 +107,6 @@ def check_request(entry: Answer, release: Release, opening: bytes) -> None:
             raise ProofError("the opening holds more than the request's salt, tensors and shapes")
         if commit_rows("", salt, tensors_from(specs, parts), entry.rows) != entry.request_root:
             raise ProofError("this request is not the one that the answer commits to")
-
-
-@contextlib.contextmanager
-def _step(number: int, name: str) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except BmoeError as error:
-        raise ProofError(f"step {number} ({name}): {error}") from error
-    except MALFORMED as error:
-        raise ProofError(f"step {number} ({name}): malformed content ({type(error).__name__})") from error
 
 
 def _entry(leaf: bytes, trust: Trust, kinds: tuple[type, ...]) -> Verdict | Answer:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
+from bmoe.ledger.rules.entries import Rollout
 from bmoe.ledger.rules.frames import NO_FRAME, Frame
 from bmoe.ledger.rules.outputs import Binding
 from bmoe.ledger.rules.standing import Act, Record, Standing
@@ -67,6 +68,14 @@ class Closed:
 
 
 @dataclass(frozen=True)
+class Withdrawn:
+    """Why a version or a part of one was taken back, and what the ledger's time was then."""
+
+    reason: str
+    time_ms: int
+
+
+@dataclass(frozen=True)
 class Event:
     """Something that a frame brought about, for those who follow: `kind` and its facts."""
 
@@ -76,7 +85,11 @@ class Event:
 
 @dataclass
 class State:
-    """All that the rules remember. `size` is the number of leaves so far."""
+    """All that the rules remember. `size` is the number of leaves so far.
+
+    `models` has the version in use of each model; `held` are versions that never come into use by themselves (a rollout
+    of theirs is under way or ended badly); `rollouts` the latest rollout of each model; `withdrawn` parts by digest.
+    """
 
     ledger: bytes
     epoch: int
@@ -95,6 +108,11 @@ class State:
     models: dict[str, ModelRelease] = field(default_factory=dict)
     model_statements: dict[str, bytes] = field(default_factory=dict)
     versions: dict[tuple[str, int], ModelRelease] = field(default_factory=dict)
+    version_statements: dict[tuple[str, int], bytes] = field(default_factory=dict)
+    withdrawn: dict[bytes, Withdrawn] = field(default_factory=dict)
+    withdrawn_versions: dict[tuple[str, int], Withdrawn] = field(default_factory=dict)
+    held: set[tuple[str, int]] = field(default_factory=set)
+    rollouts: dict[str, Rollout] = field(default_factory=dict)
     ticks: dict[str, int] = field(default_factory=dict)
     refuted: set[str] = field(default_factory=set)
     answers: OrderedDict[bytes, int] = field(default_factory=OrderedDict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bmoe.ledger.rules import answers, claims, membership, verdicts
+from bmoe.ledger.rules import answers, claims, membership, releases, verdicts
 from bmoe.ledger.rules.entries import (
     Answer,
     Challenge,
@@ -19,8 +19,10 @@ from bmoe.ledger.rules.entries import (
     Rejected,
     ReleaseEntry,
     Revocation,
+    Rollout,
     Tick,
     Verdict,
+    Withdrawal,
 )
 from bmoe.ledger.rules.state import Context, Event, State
 
@@ -30,8 +32,10 @@ RULES: dict[int, Rule] = {
     Genesis.TYPE: membership.genesis,
     MemberEntry.TYPE: membership.member,
     Revocation.TYPE: membership.revocation,
-    ReleaseEntry.TYPE: membership.release,
-    ModelEntry.TYPE: membership.model,
+    ReleaseEntry.TYPE: releases.release,
+    ModelEntry.TYPE: releases.model,
+    Withdrawal.TYPE: releases.withdrawal,
+    Rollout.TYPE: releases.rollout,
     Tick.TYPE: membership.tick,
     Rejected.TYPE: membership.rejected,
     Opened.TYPE: verdicts.opened,

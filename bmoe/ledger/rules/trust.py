@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmoe.ledger.rules.checkpoint import COSIGNATURE_V1, VerifierKey, check_key_name, parse_vkey
-from bmoe.ledger.rules.membership import quorum_of
+from bmoe.ledger.rules.quorum import quorum_of
 from bmoe.protocol.errors import ConfigError, InputError
 from bmoe.protocol.keys import check_public_key
 

@@ -6,6 +6,7 @@ from bmoe.ledger.rules.entries import BY_REFEREE, NOBODY, Opened, Verdict
 from bmoe.ledger.rules.outputs import Binding, candidate_of, open_output, parse_output, tolerances_of
 from bmoe.ledger.rules.policies import Ballot, Decision, Vote, policy_named, verifies
 from bmoe.ledger.rules.policies.ballot import IGNORED, UNUSABLE
+from bmoe.ledger.rules.releases import check_not_withdrawn
 from bmoe.ledger.rules.standing import Act, Standing
 from bmoe.ledger.rules.state import (
     AHEAD_MAX_MS,
@@ -39,6 +40,7 @@ def opened(state: State, context: Context, entry: Opened) -> list[Event]:
             raise RefusedError(f"task {task.hex()} is opened twice")
         if expert not in state.releases:
             raise RefusedError(f"expert {expert.hex()[:16]} has no release")
+        check_not_withdrawn(state, expert)
     if len({t[0] for t in entry.tasks}) != len(entry.tasks):
         raise RefusedError("a task is opened twice in one entry")
     for task, expert, rows in entry.tasks:

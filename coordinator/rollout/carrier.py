@@ -1,0 +1,95 @@
+"""Bringing a version to agents: an update message to each, and pieces over Flower to those whose SuperNode is online.
+
+Nothing here is relied on: an agent that has not said it holds the version is told again, and pushed what it lacks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+
+from bmoe.ledger.rules.entries import Rollout
+from bmoe.protocol.errors import BmoeError
+from coordinator.flower.layout import FlowerLayout
+from coordinator.flower.post import Post
+from coordinator.flower.register import read_nodes
+from coordinator.rollout.parcel import Parcel, pieces
+
+log = structlog.get_logger("rollout")
+TELL_AGAIN_S = 20.0
+PUSH_S = 300.0
+AGAIN_S = 5.0
+
+
+@dataclass
+class _Errand:
+    """What is under way for one agent of one rollout."""
+
+    told: float = 0.0
+    pushing: asyncio.Task[None] | None = None
+    have: dict[str, int] = field(default_factory=dict)
+
+
+class Carrier:
+    """One a coordinator. `tell(agent, rollout, carrier)` publishes the update; `parcel(rollout)` gives what to push."""
+
+    def __init__(
+        self,
+        layout: FlowerLayout,
+        post: Post | None,
+        tell: Callable[[str, Rollout, str], None],
+        parcel: Callable[[Rollout], Awaitable[Parcel]],
+    ) -> None:
+        self._layout, self._post, self._tell, self._parcel = layout, post, tell, parcel
+        self._errands: dict[tuple[bytes, str], _Errand] = {}
+
+    def bring(self, rollout: Rollout, agents: list[str], over: str) -> None:
+        """See to it that these agents, who lack the version, get it; called again and again, costs nothing meanwhile."""
+        carrier = "flower" if self._post is not None and over == "auto" else "https"
+        nodes = read_nodes(self._layout) if carrier == "flower" else {}
+        now = time.monotonic()
+        for agent in agents:
+            errand = self._errands.setdefault((rollout.rollout, agent), _Errand())
+            if now - errand.told >= TELL_AGAIN_S:
+                errand.told = now
+                self._tell(agent, rollout, carrier)
+            node = nodes.get(agent)
+            if node is None or self._post is None or node.node not in self._post.nodes:
+                continue
+            if errand.pushing is None or errand.pushing.done():
+                errand.pushing = asyncio.ensure_future(self._push(self._post, rollout, agent, node.node, errand))
+
+    def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
+        """These agents have what they need, or the rollout has ended."""
+        for key in [k for k in self._errands if k[0] == rollout and (agents is None or k[1] in agents)]:
+            errand = self._errands.pop(key)
+            if agents is None and errand.pushing is not None:
+                errand.pushing.cancel()
+
+    async def _push(self, post: Post, rollout: Rollout, agent: str, node: int, errand: _Errand) -> None:
+        """Push until nothing lacks. What is lost on the way is pushed again from where the agent's copy ends."""
+        try:
+            parcel = await self._parcel(rollout)
+            while True:
+                job: dict[str, Any] = {"node": node, "rollout": rollout.rollout.hex(), "sizes": parcel.sizes}
+                began = time.monotonic()
+                reply = await post.push({**job, "parts": pieces(parcel, errand.have)}, PUSH_S)
+                log.info(
+                    "pushed", agent=agent, state=reply.get("state"), reason=reply.get("reason", ""),
+                    ms=round(1000 * (time.monotonic() - began)),
+                )  # fmt: skip
+                if reply.get("state") != "lacking":
+                    await asyncio.sleep(AGAIN_S)  # its own word comes over MQTT, or it is tried again
+                    return
+                have = {str(k): int(v) for k, v in dict(reply["have"]).items()}
+                if have == errand.have:  # nothing of it arrived: the disk is full, or another update is in work
+                    await asyncio.sleep(AGAIN_S)
+                errand.have = have
+        except (BmoeError, OSError, LookupError, TypeError, ValueError) as error:
+            log.warning("push_failed", agent=agent, node=node, error=str(error)[:300])
+            await asyncio.sleep(AGAIN_S)

@@ -1,0 +1,136 @@
+"""Releases on a real gateway and a real board: published, held, served, withdrawn, keys rotated, fetched and verified."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import pytest_asyncio
+
+from benchmarks.fleet import AgentSpec, LocalFleet
+from bmoe.protocol.errors import BmoeError, InputError
+from bmoe.protocol.tls import mutual_tls
+from bmoe.storage.manifest import Model, load_model, manifest_digest, parts, render_manifest
+from bmoe.storage.targets import model_receipt_path, release_receipt_path
+from bmoe.storage.update_ledger import Word, check_entered
+from coordinator.cli.admin import Admin
+from coordinator.state_layout import StateLayout
+from edge_agent.fleet import FleetClient
+from edge_agent.identity import load_identity
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
+from release_site import Site, golden_of, linear
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+RUN = "import sys; from coordinator.cli import main; sys.exit(main())"
+X = np.array([[1, 2, 3, 4], [0.5, -1, 0, 2]], np.float32)
+
+
+def write_model(folder: Path, version: int) -> np.ndarray:
+    """A model folder whose only expert is y = x @ w; and w."""
+    folder.mkdir()
+    site = Site.__new__(Site)
+    site.blobs = folder
+    onnx, w = linear(version)
+    expert = site.expert(onnx, golden_of(w))
+    model: Model = site.model(version, expert)
+    for part in parts(model):
+        os.replace(folder / part.sha256, folder / part.file)
+    (folder / "model.json").write_bytes(render_manifest(model))
+    return w
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[LocalFleet]:
+    folder = tmp_path_factory.mktemp("releases")
+    fleet = LocalFleet(folder / "fleet", [AgentSpec("board-1", "owner-1"), AgentSpec("board-2", "owner-2")])
+    async with fleet:
+        await fleet.start()
+        yield fleet
+
+
+async def release(fleet: LocalFleet, *words: str, fails: bool = False) -> str:
+    """What `bmoe release ...` says."""
+    argv = [sys.executable, "-c", RUN, "release", *words, "--state", str(fleet.state)]
+    done = await asyncio.to_thread(lambda: subprocess.run(argv, capture_output=True, text=True, timeout=100))
+    assert (done.returncode != 0) is fails, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout + done.stderr
+
+
+async def answer(fleet: LocalFleet) -> np.ndarray:
+    client = fleet.client()
+    return (await asyncio.to_thread(lambda: client.infer("lines", {"x": X}))).outputs["y"]
+
+
+async def test_a_release_is_published_held_served_withdrawn_and_its_keys_rotated(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    first, _, third = (write_model(tmp_path / f"v{v}", v) for v in (1, 2, 3))
+    said = await release(fleet, "publish", str(tmp_path / "v1"), "--owner", "ada")
+    assert "published lines version 1" in said and "not final" not in said
+    assert np.allclose(await answer(fleet), X @ first, atol=1e-5)
+
+    said = await release(fleet, "publish", str(tmp_path / "v2"), "--owner", "ada")
+    assert "waits for its rollout" in said
+    assert np.allclose(await answer(fleet), X @ first, atol=1e-5), "a held version was served"
+    said = await release(fleet, "publish", str(tmp_path / "v3"), "--owner", "ada", "--serve", fails=True)
+    assert "a rollout of lines 2 is under way (paused): let it end, or abort it first" in said
+    rows = {row["version"]: row for row in Admin(fleet.state).call("GET", "/v1/admin/releases")["releases"]}
+    assert (rows[1]["state"], rows[2]["state"]) == ("in use", "rollout paused")
+
+    said = await release(fleet, "show", "lines", "2")
+    assert "final on the ledger" in said and "owner     ada, 1 of 1 keys sign" in said
+    statement = json.loads(await release(fleet, "show", "lines", "2", "--origin"))
+    assert statement["_type"] == "https://in-toto.io/Statement/v1"
+
+    assert "withdrew lines version 2 and 1 of its parts; version 1 is in use" in await release(
+        fleet, "withdraw", "lines", "2", "--reason", "labels swapped"
+    )
+    assert "owner-ada has 2 new keys, 2 must sign; 1 old ones removed" in await release(
+        fleet, "rotate-key", "owner-ada", "--keys", "2", "--threshold", "2"
+    )
+    said = await release(fleet, "publish", str(tmp_path / "v3"), "--owner", "bob", "--serve", fails=True)
+    assert "model lines belongs to ada, not to bob" in said
+    await release(fleet, "publish", str(tmp_path / "v3"), "--owner", "ada", "--serve")
+    assert np.allclose(await answer(fleet), X @ third, atol=1e-5)
+    listed = await release(fleet, "list")
+    assert "lines" in listed and "in use" in listed
+
+
+async def test_a_board_gets_a_receipt_that_it_verifies_and_nothing_of_what_is_withdrawn(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    identity = load_identity(fleet.folder("board-1"))
+    client = FleetClient(identity.url, lambda: mutual_tls(identity.ca, identity.certificate, identity.key))
+
+    class Source:
+        def read(self, path: str, limit: int) -> bytes:
+            return client.get(f"/v1/repository/{path}", limit)
+
+        def stream(self, path, offset, limit):  # type: ignore[no-untyped-def]
+            raise NotImplementedError
+
+    write_model(tmp_path / "v3", 3)
+    model = load_model(tmp_path / "v3")
+    trust = StateLayout(fleet.state).load_trust()
+    digest = manifest_digest((tmp_path / "v3" / "model.json").read_bytes())
+    releases = await asyncio.to_thread(lambda: check_entered(Source(), Word(trust), model, digest))
+    assert set(releases) == {model.experts[0].sha256}
+    write_model(tmp_path / "v2", 2)
+    gone = load_model(tmp_path / "v2").experts[0].sha256
+    for path in (f"/v1/blobs/{gone}", f"/v1/releases/{gone}", f"/v1/repository/{release_receipt_path(gone)}"):
+        with pytest.raises(BmoeError, match="is withdrawn"):
+            await asyncio.to_thread(lambda path=path: client.get(path))
+    for path in ("metadata/../trust.json", "blobs/zz", "keys", model_receipt_path("lines", 99)):
+        with pytest.raises((BmoeError, InputError)):
+            await asyncio.to_thread(lambda path=path: client.get(f"/v1/repository/{path}"))
+    root = json.loads(await asyncio.to_thread(lambda: client.get("/v1/repository/metadata/1.root.json")))
+    assert root["signed"]["_type"] == "root"
