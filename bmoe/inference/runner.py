@@ -158,7 +158,7 @@ class Runner:
         if memory_mb < 1 or max_sessions < 1:
             raise ConfigError(f"memory_mb and max_sessions must be at least 1, got {memory_mb} and {max_sessions}")
         self._settings = (memory_mb, max_sessions, nice, variant, threads, ",".join(providers))
-        self._python = python or sys.executable
+        self._python = python
         self._max_bytes = memory_mb << 20
         self._lock = asyncio.Lock()
         self._worker: _Worker | None = None
@@ -269,7 +269,7 @@ class Runner:
         await self._end_all()
         if self._closed:
             raise UnavailableError("the runner is closed")
-        worker = self._worker = self._worker or _Worker(self._python, self._settings)
+        worker = self._worker = self._worker or _Worker(self._python or sys.executable, self._settings)
         try:
             await worker.open()
         except BaseException:
@@ -292,7 +292,7 @@ class Runner:
         self._worker = None
         if restart and not self._closed:
             with contextlib.suppress(UnavailableError):  # the next task tries again, and says so
-                self._worker = _Worker(self._python, self._settings)
+                self._worker = _Worker(self._python or sys.executable, self._settings)
 
     async def _end_all(self) -> None:
         while self._ending:
