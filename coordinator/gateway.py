@@ -75,7 +75,7 @@ class Gateway:
     """One coordinator. `start` it, `infer` with it, `stop` it."""
 
     def __init__(self, settings: GatewaySettings, ports: dict[str, int]) -> None:
-        self.settings, self.ports = settings, ports
+        self.settings = settings
         layout = self.layout = StateLayout(settings.state)
         trust = self.trust = layout.load_trust()
         self.state = State(trust.ledger, trust.epoch, trust.registrar)
@@ -175,7 +175,7 @@ class Gateway:
             lambda request: self.answerer.trial(request), self._spawn, settings.updates_at_once,
         )  # fmt: skip
         self.decider.watch = self.rollouts.closed
-        self._carrying = Carrying(self.rollouts, self._dispatcher, settings, self.ports, self.receipts)
+        self._carrying = Carrying(self.rollouts, self._dispatcher, settings, self.receipts)
         gate = Gate(self._gate_runner, self.layout.blobs)
         self.answerer = Answerer(
             gate,

@@ -108,7 +108,7 @@ async def _serve(settings: GatewaySettings, say: Callable[[str], None], stopping
             ).encode(),
         )
         ports = await start_gateway(settings, layout, identity, supervisor)
-        carrying = _beside(carry_releases(settings, layout, identity, supervisor, ports["superlink"]))
+        carrying = _beside(carry_releases(settings, layout, identity, supervisor))
         say(f"gateway is up: API {settings.api_scheme}://{settings.api_host}:{ports['api']}  state {settings.state}")
         say(f"figures for Prometheus: http://{settings.metrics_host}:{ports['metrics']}/metrics")
         say(f"a token for a board: bmoe token create --owner NAME --state {settings.state}")
@@ -140,8 +140,6 @@ async def start_gateway(
             "api": Listen(settings.api_host, settings.api_port or None),
             "fleet": Listen(settings.host, settings.fleet_port or None),
             "metrics": Listen(settings.metrics_host, settings.metrics_port or None),
-            "superlink": Listen(),
-            "supernodes": Listen(settings.host, settings.supernodes_port or None),
         },
     )
     broker = prepare_agents_broker(settings, identity)
@@ -162,23 +160,34 @@ async def start_gateway(
 
 
 async def carry_releases(
-    settings: GatewaySettings, layout: StateLayout, identity: Identity, supervisor: Supervisor, port: int
+    settings: GatewaySettings, layout: StateLayout, identity: Identity, supervisor: Supervisor
 ) -> None:
     """Once a rollout wants Flower, start the SuperLink and the process beside it; for ever waiting where it is absent."""
     flower = FlowerLayout(layout.flower)
     while not (has_flower() and flower.wanted.exists()):  # noqa: ASYNC110 (another process has no event)
         await asyncio.sleep(FLOWER_LOOK_S)
-    flower.prepare(port, layout.ca)
+
+    def superlink() -> Child:
+        wanted = {"superlink": Listen(), "supernodes": Listen(settings.host, settings.supernodes_port or None)}
+        port = claim_ports(settings.state, wanted)["superlink"]
+        flower.prepare(port, layout.ca)
+        log_file = (layout.logs() / "superlink.log").resolve()
+        return superlink_child(flower, port, identity.tls(SERVER), log_file)
+
+    def host() -> Child:
+        return _child(settings, "flower", ("-m", "coordinator.flower.host", "--state", str(settings.state)))
+
+    for child in (superlink, host):
+        await _insist(supervisor, child)
+
+
+async def _insist(supervisor: Supervisor, child: Callable[[], Child]) -> None:
+    """Start a child that the gateway can do without, however often it takes: releases go over HTTPS meanwhile."""
     while True:
         try:
-            log_file = (layout.logs() / "superlink.log").resolve()
-            if "superlink" not in supervisor.pids():
-                await supervisor.start(superlink_child(flower, port, identity.tls(SERVER), log_file))
-            await supervisor.start(
-                _child(settings, "flower", ("-m", "coordinator.flower.host", "--state", str(settings.state)))
-            )
+            await supervisor.start(child())
             return
-        except BmoeError as error:  # rollouts go on over HTTPS meanwhile
+        except BmoeError as error:
             log.error("flower_not_started", error=str(error), again_s=FLOWER_AGAIN_S)
             await asyncio.sleep(FLOWER_AGAIN_S)
 

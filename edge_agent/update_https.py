@@ -24,7 +24,7 @@ from edge_agent.trusted import fleet_client
 from edge_agent.wanted import FOLDER, read_wanted
 
 log = logging.getLogger("bmoe.agent")
-NICE = 15
+NICE = 19
 PREFIX = "/v1/repository/"
 TRIES = 5
 AGAIN_S = 5.0

@@ -36,33 +36,41 @@ class _Errand:
 
 
 class Carrier:
-    """One a coordinator. `tell(agent, rollout, carrier)` publishes the update; `parcel(rollout)` gives what to push."""
+    """One a coordinator. `tell(agent, rollout, carrier)` publishes the update; `parcel(rollout)` gives what to push.
+
+    `post()` is the bridge once it can be called; for `patience_s` from the first errand on it is waited for.
+    """
 
     def __init__(
         self,
         layout: FlowerLayout,
-        post: Post | None,
+        post: Callable[[], Post | None],
         tell: Callable[[str, Rollout, str], None],
         parcel: Callable[[Rollout], Awaitable[Parcel]],
+        patience_s: float,
     ) -> None:
         self._layout, self._post, self._tell, self._parcel = layout, post, tell, parcel
+        self._patience_s, self._asked = patience_s, 0.0
         self._errands: dict[tuple[bytes, str], _Errand] = {}
 
     def bring(self, rollout: Rollout, agents: list[str], over: str) -> None:
         """See to it that these agents, who lack the version, get it; called again and again, costs nothing meanwhile."""
-        carrier = "flower" if self._post is not None and over == "auto" else "https"
+        now, post = time.monotonic(), self._post()
+        self._asked = self._asked or now
+        if over == "auto" and post is None and now - self._asked < self._patience_s:
+            return  # the SuperLink is being started
+        carrier = "flower" if post is not None and over == "auto" else "https"
         nodes = read_nodes(self._layout) if carrier == "flower" else {}
-        now = time.monotonic()
         for agent in agents:
             errand = self._errands.setdefault((rollout.rollout, agent), _Errand())
             if now - errand.told >= TELL_AGAIN_S:
                 errand.told = now
                 self._tell(agent, rollout, carrier)
             node = nodes.get(agent)
-            if node is None or self._post is None or node.node not in self._post.nodes:
+            if node is None or post is None or node.node not in post.nodes:
                 continue
             if errand.pushing is None or errand.pushing.done():
-                errand.pushing = asyncio.ensure_future(self._push(self._post, rollout, agent, node.node, errand))
+                errand.pushing = asyncio.ensure_future(self._push(post, rollout, agent, node.node, errand))
 
     def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
         """These agents have what they need, or the rollout has ended."""

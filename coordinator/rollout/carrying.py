@@ -20,6 +20,7 @@ from bmoe.storage.repository import Repository
 from bmoe.storage.targets import model_receipt_path, release_receipt_path
 from coordinator.config import GatewaySettings
 from coordinator.dispatch import Dispatcher
+from coordinator.embedded.ports import read_ports
 from coordinator.embedded.state_dir import private_dir
 from coordinator.flower.layout import FlowerLayout, has_flower
 from coordinator.flower.post import Post
@@ -34,6 +35,8 @@ log = structlog.get_logger("rollout")
 # The repository's metadata may be renewed meanwhile, and what expires is refused.
 PARCEL_S = 300.0
 LOOK_S = 1.0
+# A SuperLink that is not there after this time is not waited for: releases go over HTTPS.
+FLOWER_S = 90.0
 
 
 class Carrying:
@@ -44,7 +47,6 @@ class Carrying:
         rollouts: Rollouts,
         dispatcher: Dispatcher,
         settings: GatewaySettings,
-        ports: dict[str, int],
         receipts: Receipts,
     ) -> None:
         self._rollouts, self._dispatcher, self._receipts = rollouts, dispatcher, receipts
@@ -54,24 +56,28 @@ class Carrying:
         self._post: Post | None = None
         self._parcels: dict[bytes, tuple[float, Parcel]] = {}
         self._making = asyncio.Lock()
-        host = settings.agents_dial
-        self._superlink = f"{f'[{host}]' if ':' in host else host}:{ports.get('supernodes', 0)}"
+        self._superlink = ""
 
     async def run(self) -> None:
         """Have Flower started once a rollout may use it; without it, releases go over HTTPS."""
         rollouts = self._rollouts
-        rollouts.carrier = Carrier(self._flower, None, self._tell, self._parcel)
+        patience_s = FLOWER_S if has_flower() else 0.0
+        rollouts.carrier = Carrier(self._flower, lambda: self._post, self._tell, self._parcel, patience_s)
         if not has_flower():
             return
         while not (self._flower.wanted.exists() or rollouts.wants_flower()):  # noqa: ASYNC110 (the ledger has no event)
             await asyncio.sleep(LOOK_S)
         await asyncio.to_thread(private_dir, self._flower.folder)
-        self._post = Post(self._flower)
-        await self._post.start()
+        post = Post(self._flower)
+        await post.start()
         if not self._flower.wanted.exists():
             write_durably(self._flower.wanted, b"")
             log.info("flower_wanted")
-        rollouts.carrier = Carrier(self._flower, self._post, self._tell, self._parcel)
+        while "supernodes" not in (ports := read_ports(self._layout.root)):  # noqa: ASYNC110 (another process has no event)
+            await asyncio.sleep(LOOK_S)
+        host = self._settings.agents_dial
+        self._superlink = f"{f'[{host}]' if ':' in host else host}:{ports['supernodes']}"
+        self._post = post
 
     async def stop(self) -> None:
         """Hang up."""

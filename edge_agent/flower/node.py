@@ -34,7 +34,7 @@ from edge_agent.logs import event
 from edge_agent.wanted import FOLDER, Wanted, read_result, read_wanted
 
 log = logging.getLogger("bmoe.agent")
-NICE = 15
+NICE = 19
 LOOK_S = 0.5
 AGAIN_S = 5.0
 # After the result, so long for its reply to be on its way; without one, so long for anything to come.
