@@ -5,6 +5,7 @@ SHELL := /bin/bash
 VENV := .venv
 VENV_TRAIN := .venv-train
 VENV_FUZZ := .venv-fuzz
+VENV_FEDERATION := .venv-federation
 BIN := $(VENV)/bin
 PIP_FLAGS := --disable-pip-version-check --quiet
 DEMO_FLAGS ?=
@@ -117,20 +118,22 @@ $(PEERS:%=.venv-%/.tried): .venv-%/.tried:
 bench-peers: $(VENV)/.ready $(PEERS:%=.venv-%/.tried)
 	@$(BIN)/python -m benchmarks.peers $(PEERS_FLAGS)
 
-# What carries releases by Flower, on top of what the environment has.
-$(VENV)/.federation: $(VENV)/.ready
-	$(BIN)/pip install $(PIP_FLAGS) -e '.[dev,federation]'
+# An environment of its own: flwr wants older releases of FastAPI, typer and rich than the rest is tested with.
+$(VENV_FEDERATION)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV_FEDERATION)
+	$(VENV_FEDERATION)/bin/pip install $(PIP_FLAGS) -e '.[dev,federation]'
+	$(VENV_FEDERATION)/bin/pip install $(PIP_FLAGS) --no-deps $(DATA)
 	@touch $@
 
-demo-update: $(VENV)/.federation
-	@$(BIN)/python -m benchmarks.update_demo $(UPDATE_FLAGS)
+demo-update: $(VENV_FEDERATION)/.ready
+	@$(VENV_FEDERATION)/bin/python -m benchmarks.update_demo $(UPDATE_FLAGS)
 
-bench-update: $(VENV)/.federation
-	@$(BIN)/python -m benchmarks.update_bench $(UPDATE_FLAGS)
+bench-update: $(VENV_FEDERATION)/.ready
+	@$(VENV_FEDERATION)/bin/python -m benchmarks.update_bench $(UPDATE_FLAGS)
 
 # Whole fleets with a SuperLink and SuperNodes: minutes, not seconds.
-test-flower: $(VENV)/.federation
-	$(BIN)/python -m pytest tests/flower $(TEST_FLAGS)
+test-flower: $(VENV_FEDERATION)/.ready
+	$(VENV_FEDERATION)/bin/python -m pytest tests/flower $(TEST_FLAGS)
 
 bench: $(VENV)/.ready
 	@$(BIN)/python -m benchmarks.bench $(BENCH_FLAGS)
@@ -208,4 +211,4 @@ check: lint test
 check-all: lint test test-train test-wheel soak
 
 clean:
-	rm -rf $(VENV) $(VENV_TRAIN) $(VENV_FUZZ) $(MOSQUITTO) $(TEST_TOOLS) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_TRAIN) $(VENV_FUZZ) $(VENV_FEDERATION) $(MOSQUITTO) $(TEST_TOOLS) build dist *.egg-info
