@@ -72,7 +72,7 @@ def _mbr(head: bytes) -> list[tuple[int, Partition]]:
 
 def _gpt(head: bytes) -> list[Partition]:
     header = head[SECTOR : 2 * SECTOR]
-    if header[:8] != b"EFI PART":
+    if header[:8] != b"EFI PART" or len(header) < SECTOR:
         raise ImageError("the image's MBR promises a GPT, and there is none")
     size, crc = struct.unpack("<II", header[12:20])
     if not 92 <= size <= SECTOR or zlib.crc32(header[:16] + bytes(4) + header[20:size]) != crc:

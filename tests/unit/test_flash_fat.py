@@ -176,6 +176,12 @@ def test_any_bytes_are_a_folder_or_none(content: bytes) -> None:
     assert len(parse_entries(content)) <= len(content) // 32
 
 
+def test_an_image_that_ends_within_its_gpt_header_promises_one_and_has_none() -> None:
+    mbr = bytes(446) + bytes([0, 0, 0, 0, 0xEE, 0, 0, 0]) + (1).to_bytes(4, "little") * 2 + bytes(48) + b"\x55\xaa"
+    with pytest.raises(ImageError, match="promises a GPT, and there is none"):
+        partitions(mbr + b"EFI PART" + bytes(6))
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.binary(max_size=512), st.binary(max_size=600), st.booleans())
 def test_any_bytes_are_a_partition_table_or_one_error(mbr: bytes, behind: bytes, gpt: bool) -> None:
