@@ -81,6 +81,7 @@ def withdraw(repository: Repository, model: str, version: int, digests: Sequence
     """
 
     def edit(roles: Roles) -> None:
+        """Drop the version's targets, and those of its parts that no other version needs."""
         gone = {manifest_target(model, version), origin_target(model, version)}
         needed: set[str] = set()
         for other in versions(roles):

@@ -121,6 +121,7 @@ class Shelf:
         """A version: parts, owner's keys and threshold, expiry of the metadata, origin, and where it stands."""
 
         def read() -> dict[str, Any]:
+            """In a thread: what repository and metadata say. Raises UnknownError for a version that is not there."""
             roles = self.repository.load()
             found, manifest = publication.read_version(self.repository, roles, model, version)
             trusted = roles.trusts(f"owner-{found.owner}")

@@ -39,6 +39,7 @@ Description: agent of bmoe: runs ONNX experts on a board and signs what they giv
 
 
 def main() -> None:
+    """Build the package that the arguments ask for, and say where it lies."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", choices=PLATFORMS, required=True)
     parser.add_argument("--python", nargs="+", default=PYTHONS, help="Python versions that the package is for")
