@@ -37,12 +37,12 @@ def ask(token: JoinToken, name: str) -> Standing:
     unverified.check_hostname, unverified.verify_mode = False, ssl.CERT_NONE
     _, pem = _call(host, port, unverified, "GET", "/v1/ca", None)
     try:
-        text = pem.decode("ascii").strip()
-        found = hashlib.sha256(ssl.PEM_cert_to_DER_cert(text)).digest()
-        verified = ssl.create_default_context(cadata=text)
+        authority = ssl.PEM_cert_to_DER_cert(pem.decode("ascii").strip())
+        # Those bytes and no others: behind the pinned certificate a text may hold further ones, which would be trusted too.
+        verified = ssl.create_default_context(cadata=authority)
     except (ValueError, ssl.SSLError):
         raise UnavailableError(f"{token.url} is no gateway of bmoe: its /v1/ca is not one certificate") from None
-    if found != token.pin:
+    if hashlib.sha256(authority).digest() != token.pin:
         raise RefusedError(f"the gateway at {token.url} is not the one that made this token: its CA is another")
     body = json.dumps({"token": token.token.hex(), "secret": token.secret.hex(), "name": name or None}).encode()
     status, reply = _call(host, port, verified, "POST", "/v1/token-check", body)
@@ -69,6 +69,10 @@ def _call(
         connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
         response = connection.getresponse()
         return response.status, response.read(REPLY_BYTES)
+    except ssl.SSLCertVerificationError as error:  # the board, which believes the same CA, would be refused for ever
+        raise RefusedError(
+            f"the certificate of https://{host}:{port} is not for this address, or out of date: {error.verify_message}"
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise UnavailableError(
             f"https://{host}:{port} does not answer: {getattr(error, 'strerror', None) or error}"

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import http.server
 import json
+import ssl
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from agent_gateway import FleetServer
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from bmoe.protocol.errors import BmoeError, RefusedError, UnavailableError
 from bmoe.protocol.join_token import JoinToken, parse_token
 from coordinator.flash import gateway
 from coordinator.flash.gateway import ask
+from coordinator.identity.authority import Authority, load_or_create_key
 from edge_agent.join import join
 
 Prepare = Callable[[FleetServer], Awaitable[str]]
@@ -132,3 +138,71 @@ def test_a_gateway_that_answers_nonsense_is_one_error(reply: bytes) -> None:
         with pytest.raises((UnavailableError, RefusedError)) as told:
             gateway._standing(status, reply, "https://192.0.2.7:8443")
         assert "\n" not in str(told.value)
+
+
+@contextlib.contextmanager
+def in_between(
+    folder: Path, authority: Authority, said: bytes, host: str = "127.0.0.1"
+) -> Iterator[tuple[str, list[bytes]]]:
+    """A server with a certificate of `authority` for `host`, whose /v1/ca is `said`; its URL, and what was told to it."""
+    told: list[bytes] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._answer(said)
+
+        def do_POST(self) -> None:
+            told.append(self.rfile.read(int(self.headers["Content-Length"])))
+            self._answer(json.dumps({"name": None, "owner": "ada", "expires_ms": 1}).encode())
+
+        def _answer(self, body: bytes) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    key = load_or_create_key(folder / "server.key")
+    (folder / "server.pem").write_bytes(authority.issue_infrastructure("bmoe-server", key.public_key(), [host]))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "server.pem", folder / "server.key")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"https://127.0.0.1:{server.server_address[1]}", told
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def authority_of_uneven_length(folder: Path) -> Authority:
+    """One whose certificate's base64 ends with '=': a reader of base64 takes that for the end, whatever follows."""
+    for number in range(100):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        found = Authority.open(place)
+        if len(found.certificate.public_bytes(Encoding.DER)) % 3:
+            return found
+    raise AssertionError("a hundred certificates of even length")
+
+
+def test_who_stands_between_and_adds_a_ca_of_his_own_is_not_told_the_tokens_secret(tmp_path: Path) -> None:
+    """He sends the pinned certificate, which is no secret, and behind it the one that his own certificate is by."""
+    pinned, his = authority_of_uneven_length(tmp_path / "pinned"), authority_of_uneven_length(tmp_path / "his")
+    with in_between(tmp_path, his, pinned.pem + his.pem) as (url, told):
+        with pytest.raises(RefusedError, match="is not for this address, or out of date"):
+            ask(JoinToken(url, bytes(8), bytes(16), pinned.pin), "")
+    assert told == []
+
+
+def test_a_gateway_whose_certificate_names_another_address_is_refused_as_the_board_would_be(tmp_path: Path) -> None:
+    authority = authority_of_uneven_length(tmp_path / "ca")
+    with in_between(tmp_path, authority, authority.pem, host="192.0.2.7") as (url, told):
+        with pytest.raises(RefusedError, match="is not for this address"):
+            ask(JoinToken(url, bytes(8), bytes(16), authority.pin), "")
+    assert told == []
