@@ -12,7 +12,6 @@ import time
 import uuid
 from collections.abc import Callable
 
-from bmoe import __version__
 from bmoe.protocol.errors import ImageError
 from bmoe.storage.packaged import packaged
 from coordinator.flash.seed import Seed, Wifi
@@ -23,7 +22,7 @@ CMDLINES = ("cmdline.txt", "current/cmdline.txt")  # Ubuntu since 25.10 boots fr
 
 
 def files_for(method: str, seed: Seed, label: str, existing: Existing) -> Files:
-    """Path on the boot partition -> new content, by method ("firstrun" or "cloud-init"). Wheels are not among them.
+    """Path on the boot partition -> new content, by method ("firstrun" or "cloud-init"), without `seed.wheels`.
 
     `existing` gives what is there now. Raises ImageError where a file that must be changed cannot be.
     """
@@ -39,14 +38,15 @@ def agent_folder(seed: Seed, mount: str, label: str) -> Files:
         "bmoe/token": seed.token.text() + "\n",
         "bmoe/agent.toml": f"# Written by bmoe flash for {seed.board.title}.\n{toml}",
         "bmoe/issued_at": f"{seed.issued_s}\n",
-        "bmoe/install.sh": template("install.sh", BOARD=seed.board.name, VERSION=__version__),
+        "bmoe/install.sh": template("install.sh", BOARD=seed.board.name),
         "bmoe/bmoe-first-boot.service": template(
             "bmoe-first-boot.service", FOLDER=f"{mount}/bmoe", MOUNT=mount, LABEL=label or "none"
         ),
     }
     if seed.name:
         files["bmoe/name"] = f"{seed.name}\n"
-    return {path: text.encode() for path, text in files.items()}
+    own = {f"bmoe/wheels/{seed.own[0]}": seed.own[1]} if seed.own else {}
+    return {path: text.encode() for path, text in files.items()} | own
 
 
 def template(name: str, **values: str) -> str:

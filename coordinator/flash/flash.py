@@ -13,6 +13,7 @@ from coordinator.boards import Board
 from coordinator.flash.disks import Disk, check_disk, confirm, find_disk
 from coordinator.flash.gateway import Standing, ask
 from coordinator.flash.overlay import overlay_files, write_overlay
+from coordinator.flash.own_wheel import own_wheel
 from coordinator.flash.plan import Change, Plan, inspect, make_plan, show_change
 from coordinator.flash.seed import (
     Seed,
@@ -20,6 +21,7 @@ from coordinator.flash.seed import (
     check_name,
     check_timezone,
     is_loopback,
+    is_own,
     make_token,
     make_wifi,
     read_ssh_key,
@@ -114,6 +116,7 @@ def flash(wishes: Wishes, desk: Desk) -> None:
 def make_seed(wishes: Wishes, now_s: int) -> Seed:
     """What goes onto the card, each part checked; raises ConfigError and MessageError."""
     name = check_name(wishes.name)
+    wheels = read_wheels(wishes.wheels, wishes.board)
     return Seed(
         board=wishes.board,
         token=make_token(wishes.token, wishes.gateway),
@@ -122,7 +125,8 @@ def make_seed(wishes: Wishes, now_s: int) -> Seed:
         timezone=check_timezone(wishes.timezone),
         ssh_key=read_ssh_key(wishes.ssh_key),
         wifi=make_wifi(wishes.wifi_ssid, wishes.wifi_password, wishes.wifi_country),
-        wheels=read_wheels(wishes.wheels, wishes.board),
+        wheels=wheels,
+        own=None if any(map(is_own, wheels)) else own_wheel(),
         issued_s=now_s,
     )
 
@@ -179,7 +183,9 @@ def _show(plan: Plan, seed: Seed, desk: Desk, verbose: bool) -> None:
         + (", with a block map" if found.bmap else "")
     )
     if not seed.wheels:
-        desk.say("no wheels are on the card: the board needs a package index at its first boot (--wheels DIR)")
+        desk.say(
+            "bmoe is on the card, what it needs is not: the board fetches that from a package index (--wheels DIR)"
+        )
     desk.facts.update(
         image_bytes=found.image_bytes,
         image_sha256=found.raw_sha256,

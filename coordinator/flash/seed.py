@@ -42,7 +42,8 @@ class Wifi:
 
 @dataclass(frozen=True)
 class Seed:
-    """All of it. `token` is what the board will join with; `issued_s` is now, in s since 1970."""
+    """All of it. `token` is what the board will join with; `issued_s` is now, in s since 1970. `own` is name and content of
+    bmoe's own wheel, None where it is among `wheels`."""
 
     board: Board
     token: JoinToken
@@ -52,6 +53,7 @@ class Seed:
     ssh_key: str
     wifi: Wifi | None
     wheels: tuple[Path, ...]
+    own: tuple[str, bytes] | None
     issued_s: int
 
 
@@ -130,13 +132,14 @@ def read_ssh_key(file: Path | None) -> str:
 
 
 def read_wheels(folder: Path | None, board: Board) -> tuple[Path, ...]:
-    """The wheels of a folder. Raises ConfigError where bmoe's own is missing, or one is for another processor."""
+    """The wheels of a folder. Raises ConfigError where there is none, or one is for another processor."""
     if folder is None:
         return ()
     wheels = sorted(folder.glob("*.whl"))
-    names = {m["name"].lower().replace("_", "-") for wheel in wheels if (m := _WHEEL.fullmatch(wheel.name))}
-    if "bmoe" not in names:
-        raise ConfigError(f"{folder} has no wheel of bmoe: pip wheel --no-deps --wheel-dir {folder} .")
+    if not wheels:
+        raise ConfigError(f"{folder} has no wheels: docs/boards.md tells how they are fetched")
+    if len(ours := [wheel.name for wheel in wheels if is_own(wheel)]) > 1:
+        raise ConfigError(f"{folder} has more than one wheel of bmoe: {', '.join(ours)}")
     _check_platforms(wheels, board)
     total = sum(wheel.stat().st_size for wheel in wheels)
     if total > WHEELS_BYTES or len(wheels) > WHEELS_MAX:
@@ -145,6 +148,11 @@ def read_wheels(folder: Path | None, board: Board) -> tuple[Path, ...]:
             f"{WHEELS_BYTES >> 20} MiB go onto a boot partition"
         )
     return tuple(wheels)
+
+
+def is_own(wheel: Path) -> bool:
+    """Whether a wheel is bmoe's own."""
+    return wheel.name.lower().startswith("bmoe-")
 
 
 def _check_platforms(wheels: Sequence[Path], board: Board) -> None:

@@ -36,7 +36,14 @@ if [ -f "$here/authorized_keys" ]; then
     fi
 fi
 
+# What a power cut leaves of an installation may be files without content, which pip takes for installed.
+if [ -e "$place/unfinished" ]; then
+    rm -rf "$place"
+fi
 if [ ! -x "$place/bin/bmoe-agent" ]; then
+    mkdir -p "$place"
+    : > "$place/unfinished"
+    sync
     if ls "$here"/wheels/pip-*.whl > /dev/null 2>&1; then
         # A wheel of pip runs as it is: neither network nor the package python3-venv is needed.
         python3 -m venv --without-pip "$place"
@@ -46,16 +53,18 @@ if [ ! -x "$place/bin/bmoe-agent" ]; then
         python3 -m venv "$place"
         pip="$place/bin/python -m pip"
     fi
-    if [ -d "$here/wheels" ]; then
-        say "installing from the card"
-        $pip install --no-compile --no-index --find-links "$here/wheels" 'bmoe[agent]' || {
-            say "the card has not all of it: fetching the rest"
-            $pip install --no-compile --find-links "$here/wheels" 'bmoe[agent]'
+    # Our own wheel by its file, never by its name: what an index has under that name is not ours, and would run as root.
+    own=$(ls "$here"/wheels/bmoe-*.whl | tail -n 1)
+    say "installing from the card"
+    $pip install --no-compile --no-index --find-links "$here/wheels" "$own[agent]" || {
+        say "the card has not all of it: fetching the rest"
+        $pip install --no-compile --find-links "$here/wheels" "$own[agent]" || {
+            rm -f "$place/unfinished"  # pip takes back what it cannot finish, and has told why
+            exit 1
         }
-    else
-        say "fetching bmoe @VERSION@"
-        $pip install --no-compile 'bmoe[agent]==@VERSION@'
-    fi
+    }
+    sync
+    rm -f "$place/unfinished"
 fi
 
 # Bytecode of what the agent imports alone: that of all of numpy and onnxruntime takes minutes, and is never read.

@@ -30,9 +30,7 @@ from coordinator.emulate.fleet import COMMANDS, Fleet
 from coordinator.emulate.sysroot import PLATFORMS, recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "boards"))
 from ledger_check import check_ledger
-from ours import build_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARD, NAME = "generic-aarch64", "kitchen-pi"
@@ -74,7 +72,7 @@ class Deployment:
 
 
 def wheels(folder: Path) -> Path:
-    """What a board without a package index is given: the agent's aarch64 wheels, pip's, and our own."""
+    """For a board without a package index: the aarch64 wheels that an agent needs, and pip's. Our own `bmoe flash` brings."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     platforms = [word for name in PLATFORMS for word in ("--platform", name)]
     known = recipe()
@@ -83,7 +81,6 @@ def wheels(folder: Path) -> Path:
          *platforms, "--dest", str(folder), "pip", *known.requirements],
         check=True, timeout=600,
     )  # fmt: skip
-    build_wheel(folder)
     return folder
 
 

@@ -165,17 +165,19 @@ def test_a_private_key_is_not_put_on_a_card(tmp_path: Path, capsys: Capture, mon
     assert "expected one public key" in attempt(capsys, monkeypatch, image, "--ssh-key", key)
 
 
-def test_wheels_for_another_processor_or_without_bmoe(
+def test_wheels_for_another_processor_or_two_of_bmoe(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image, wheels = tmp_path / "system.img", tmp_path / "wheels"
     image.write_bytes(b"\0")
     wheels.mkdir()
-    assert "has no wheel of bmoe" in attempt(capsys, monkeypatch, image, "--wheels", wheels)
+    assert "has no wheels" in attempt(capsys, monkeypatch, image, "--wheels", wheels)
     (wheels / "bmoe-0.1.0-py3-none-any.whl").write_bytes(b"")
     (wheels / "numpy-2.4.6-cp311-cp311-manylinux_2_28_x86_64.whl").write_bytes(b"")
     line = attempt(capsys, monkeypatch, image, "--wheels", wheels)
     assert "numpy-2.4.6" in line and "which runs aarch64" in line
+    (wheels / "bmoe-0.2.0-py3-none-any.whl").write_bytes(b"")
+    assert "more than one wheel of bmoe" in attempt(capsys, monkeypatch, image, "--wheels", wheels)
 
 
 def test_a_card_that_is_there_already_is_not_overwritten(
