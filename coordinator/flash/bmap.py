@@ -57,7 +57,7 @@ def parse_bmap(data: bytes) -> Bmap:
         raise ImageError("a block map has no document type and no entities")
     _check_own_checksum(data)
     try:
-        root = ElementTree.fromstring(data)
+        root = ElementTree.fromstring(data.decode())  # as UTF-8, whatever it says: other codes hide a document type
         image, block = int(_text(root, "ImageSize")), int(_text(root, "BlockSize"))
         kind = root.findtext("ChecksumType", "sha256").strip()
         spans = [((r.text or "").strip(), r.get("chksum", "")) for r in root.iterfind("./BlockMap/Range")]
@@ -87,6 +87,8 @@ def _ranges(spans: list[tuple[str, str]], block: int, image: int) -> tuple[Range
 def _check_own_checksum(data: bytes) -> None:
     match = _CHECKSUM.search(data)
     if match is None:
+        if b"<BmapFileChecksum" in data:
+            raise ImageError("the block map's own checksum is none: it is damaged")
         return
     blank = data[: match.start(2)] + b"0" * 64 + data[match.end(2) :]
     if not hmac.compare_digest(hashlib.sha256(blank).hexdigest().encode(), match[2]):
@@ -101,7 +103,7 @@ def _text(root: ElementTree.Element, name: str) -> str:
 
 
 class RangeCheck:
-    """Checks each range's SHA-256 as the image streams by."""
+    """Checks each range's SHA-256 as the image streams by, and that nothing but zeros lies between them."""
 
     def __init__(self, bmap: Bmap) -> None:
         self._ranges = bmap.ranges
@@ -109,17 +111,27 @@ class RangeCheck:
         self._digest = hashlib.sha256()
 
     def feed(self, offset: int, chunk: bytes) -> None:
-        """Take the next bytes of the image, which begin at `offset`; raises ImageError at a wrong range."""
-        view = memoryview(chunk)
-        while self._index < len(self._ranges):
-            current = self._ranges[self._index]
-            if current.begin >= offset + len(view):
-                return
-            begin, end = max(current.begin, offset), min(current.end, offset + len(view))
-            self._digest.update(view[begin - offset : end - offset])
-            if end < current.end:
-                return
-            if current.sha256 and self._digest.hexdigest() != current.sha256:
-                raise ImageError(f"bytes {current.begin} to {current.end} of the image are not those of its block map")
-            self._index += 1
-            self._digest = hashlib.sha256()
+        """Take the next bytes of the image, which begin at `offset`. Raises ImageError at a wrong range, and where the map
+        leaves out what is not zero, as it does when it was made of another image."""
+        at, end = offset, offset + len(chunk)
+        while at < end:
+            current = self._ranges[self._index] if self._index < len(self._ranges) else None
+            if current is None or at < current.begin:
+                stop = end if current is None else min(end, current.begin)
+                if chunk[at - offset : stop - offset] != bytes(stop - at):
+                    raise ImageError(
+                        f"the block map leaves out bytes of {at} to {stop} that are not zero: it is another image's"
+                    )
+                at = stop
+                continue
+            stop = min(end, current.end)
+            self._digest.update(chunk[at - offset : stop - offset])
+            at = stop
+            if at == current.end:
+                self._next(current)
+
+    def _next(self, done: Range) -> None:
+        if done.sha256 and self._digest.hexdigest() != done.sha256:
+            raise ImageError(f"bytes {done.begin} to {done.end} of the image are not those of its block map")
+        self._index += 1
+        self._digest = hashlib.sha256()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe.protocol.errors import ConfigError, RefusedError
+from bmoe.protocol.text import plain
 
 SYSTEM_MOUNTS = ("/", "/usr", "/var", "/home", "/boot", "/boot/efi", "/boot/firmware")
 SECTOR = 512
@@ -18,7 +19,9 @@ _NAME = re.compile(r"[A-Za-z0-9!_-]{1,32}")
 
 @dataclass(frozen=True)
 class Disk:
-    """One block device. `number` is its major:minor; `mounts` are those of the disk and all that is on it."""
+    """One block device. `number` is its major:minor; `mounts` are those of the disk and all that is on it; `sequence` is
+    the kernel's count of media (Linux 5.15 and later, else ""): another card in the same reader has another; `twins` are
+    further disks of the same serial number, such as the other slots of a reader."""
 
     path: str
     name: str
@@ -32,11 +35,15 @@ class Disk:
     mounts: tuple[str, ...]
     swaps: tuple[str, ...]
     holders: tuple[str, ...]
+    sequence: str = ""
+    twins: tuple[str, ...] = ()
 
     @property
     def identity(self) -> str:
-        """What the user confirms with: the serial number, or name and size of a disk that has none."""
-        return self.serial or f"{self.name}-{self.bytes}"
+        """What the user confirms with: the serial number, with the name where others have the same; or name and size."""
+        if not self.serial:
+            return f"{self.name}-{self.bytes}"
+        return f"{self.serial}-{self.name}" if self.twins else self.serial
 
     def describe(self) -> str:
         """One line for people."""
@@ -45,8 +52,8 @@ class Disk:
 
 def find_disk(path: Path, root: Path = Path("/")) -> Disk:
     """The disk behind a device file; raises ConfigError where there is none."""
-    resolved = (root / path.relative_to("/") if path.is_absolute() else root / "dev" / path).resolve()
-    name = resolved.name
+    path = Path("/dev") / path
+    name = (root / path.relative_to("/")).resolve().name
     folder = root / "sys/class/block" / name
     if not _NAME.fullmatch(name) or not folder.exists():
         raise ConfigError(f"{path} is no disk of this machine; there are: {', '.join(_names(root)) or 'none'}")
@@ -54,13 +61,16 @@ def find_disk(path: Path, root: Path = Path("/")) -> Disk:
     parts = [device, *(p for p in device.iterdir() if (p / "partition").exists())]
     mounted, swaps = _mounts(root), _swaps(root)
     numbers = {_read(part / "dev"): part.name for part in parts}
+    serial = _serial(device)
     return Disk(
         path=str(path),
         name=name,
         number=_read(device / "dev"),
         bytes=int(_read(device / "size") or 0) * SECTOR,
-        model=" ".join(filter(None, (_read(device / "device/vendor"), _read(device / "device/model") or _mmc(device)))),
-        serial=_serial(device),
+        model=" ".join(
+            filter(None, (_shown(device / "device/vendor"), _shown(device / "device/model") or _mmc(device)))
+        ),
+        serial=serial,
         removable=_removable(device),
         read_only=_read(device / "ro") == "1",
         whole=not (device / "partition").exists(),
@@ -68,6 +78,10 @@ def find_disk(path: Path, root: Path = Path("/")) -> Disk:
         swaps=tuple(sorted(set(swaps) & {part.name for part in parts})),
         holders=tuple(
             sorted(h.name for part in parts if (part / "holders").is_dir() for h in (part / "holders").iterdir())
+        ),
+        sequence=_read(device / "diskseq"),
+        twins=tuple(
+            n for n in _names(root) if serial and n != name and _serial((folder.parent / n).resolve()) == serial
         ),
     )
 
@@ -96,6 +110,19 @@ def confirm(disk: Disk, given: str) -> None:
         raise RefusedError(f"{disk.path} is {disk.identity!r}, confirmed was {given[:80]!r}: nothing was written")
 
 
+def check_again(before: Disk, root: Path, image_bytes: int) -> None:
+    """Look at a confirmed disk once more, since minutes may have passed: raises RefusedError where it is another one now,
+    or may not be written to any more."""
+    now = find_disk(Path(before.path), root)
+    for what in ("number", "identity", "model", "bytes", "sequence"):
+        if getattr(now, what) != getattr(before, what):
+            raise RefusedError(
+                f"{before.path} is not the disk that was looked at: its {what} was {getattr(before, what)!r}, is "
+                f"{getattr(now, what)!r}: nothing was written"
+            )
+    check_disk(now, image_bytes)
+
+
 def _names(root: Path) -> list[str]:
     folder = root / "sys/class/block"
     return sorted(p.name for p in folder.glob("*") if not (p / "partition").exists() and not _virtual(p.resolve()))
@@ -117,19 +144,19 @@ def _removable(device: Path) -> bool:
 
 def _serial(device: Path) -> str:
     """The disk's own serial number, or that of the USB device it hangs on."""
-    own = _read(device / "device/serial")
+    own = _shown(device / "device/serial")
     if own:
         return own
     for parent in device.parents:
         if parent.name.startswith("usb") or not parent.name:
             return ""
         if (parent / "idVendor").exists():
-            return _read(parent / "serial")
+            return _shown(parent / "serial")
     return ""
 
 
 def _mmc(device: Path) -> str:
-    return _read(device / "device/name")
+    return _shown(device / "device/name")
 
 
 def _mounts(root: Path) -> list[tuple[str, str]]:
@@ -150,6 +177,11 @@ def _mounts(root: Path) -> list[tuple[str, str]]:
 
 def _swaps(root: Path) -> list[str]:
     return [Path(line.split()[0]).name for line in _read(root / "proc/swaps").splitlines()[1:] if line.split()]
+
+
+def _shown(path: Path) -> str:
+    """What a disk says of itself: it may say anything, and it is shown on a terminal."""
+    return plain(_read(path), 100)
 
 
 def _read(path: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from bmoe.protocol.errors import ImageError, LimitError
@@ -140,10 +141,12 @@ class Fat:
         """The sectors that hold a folder's entries, in order."""
         if folder.first == 0:
             return list(range(self.geometry.root_at, self.geometry.root_at + self.geometry.root_sectors))
-        chain = self._table.chain(folder.first)
-        if len(chain) * self.geometry.cluster_bytes > FOLDER_BYTES:
-            raise ImageError(f"a folder of the boot partition has more than {FOLDER_BYTES} bytes")
-        return [sector for cluster in chain for sector in self.geometry.sectors(cluster)]
+        sectors: list[int] = []
+        for cluster in self._table.chain(folder.first):
+            sectors += self.geometry.sectors(cluster)
+            if len(sectors) * self.geometry.sector_bytes > FOLDER_BYTES:
+                raise ImageError(f"a folder of the boot partition has more than {FOLDER_BYTES} bytes, or never ends")
+        return sectors
 
     def _made(self, path: str, stamp: tuple[int, int]) -> tuple[_Folder, str]:
         """The folder that holds `path`, made where it was missing, and the last name."""
@@ -177,6 +180,8 @@ class Fat:
         if at is None:
             at = _end(content)
             sectors = self._grown(folder, sectors, at + len(raw))
+        if _end(content) < at + len(raw) < len(content):  # what lay behind the end mark is not to be seen now
+            raw += bytes(ENTRY)
         self._put_bytes(sectors, at, raw)
 
     def _grown(self, folder: _Folder, sectors: list[int], size: int) -> list[int]:
@@ -200,15 +205,12 @@ class Fat:
     # Bytes.
 
     def _content(self, entry: Entry, size: int, path: str) -> bytes:
-        parts, left = [], size
-        for cluster in self._table.chain(entry.cluster) if entry.cluster else []:
-            if left <= 0:
-                break
-            parts.append(b"".join(map(self._sector, self.geometry.sectors(cluster))))
-            left -= self.geometry.cluster_bytes
-        if left > 0:
-            raise ImageError(f"{path} of the boot partition is cut short: {left} of its bytes are not there")
-        return b"".join(parts)[:size]
+        wanted = -(-size // self.geometry.cluster_bytes)
+        clusters = list(islice(self._table.chain(entry.cluster), wanted)) if entry.cluster else []
+        if len(set(clusters)) < wanted:
+            raise ImageError(f"{path} of the boot partition is damaged: not all of its {size} bytes are there")
+        sectors = (sector for cluster in clusters for sector in self.geometry.sectors(cluster))
+        return b"".join(map(self._sector, sectors))[:size]
 
     def _store(self, data: bytes) -> int:
         """Put data into free clusters; the first one, 0 for no data. Raises LimitError."""

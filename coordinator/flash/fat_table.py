@@ -101,16 +101,16 @@ class Table:
         """Whether anything was allocated or released."""
         return bool(self._touched)
 
-    def chain(self, first: int) -> list[int]:
-        """The clusters that follow from `first`; raises ImageError for a chain that leaves the table or never ends."""
-        found: list[int] = []
-        cluster = first
+    def chain(self, first: int) -> Iterator[int]:
+        """The clusters that follow from `first`, none of them kept, since there may be many. Raises ImageError where
+        they leave the table, or never end."""
+        cluster, passed = first, 0
         while cluster < self._last - 7:
-            if not 2 <= cluster < self._geometry.clusters + 2 or len(found) > self._geometry.clusters:
+            if not 2 <= cluster < self._geometry.clusters + 2 or passed > self._geometry.clusters:
                 raise ImageError("the boot partition's FAT is damaged: a chain of clusters leads nowhere")
-            found.append(cluster)
-            cluster = self._get(cluster)
-        return found
+            following, passed = self._get(cluster), passed + 1
+            yield cluster
+            cluster = following
 
     def allocate(self, count: int) -> list[int]:
         """A new chain of `count` clusters; raises LimitError where so many are not free."""
@@ -129,15 +129,15 @@ class Table:
         return found
 
     def release(self, first: int) -> None:
-        """Make a chain's clusters free."""
-        for cluster in self.chain(first) if first else []:
+        """Make a chain's clusters free; raises ImageError as `chain` does."""
+        for cluster in self.chain(first) if first else ():
             self._set(cluster, 0)
             self._search = min(self._search, cluster)
             self.free += 1
 
     def extend(self, first: int) -> int:
-        """Add one cluster to the chain, and say which."""
-        last = self.chain(first)[-1]
+        """Add one cluster to a chain, and say which."""
+        *_, last = self.chain(first)
         [added] = self.allocate(1)
         self._set(last, added)
         return added

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from bmoe.protocol.errors import ConfigError, RefusedError, UnavailableError
 from coordinator.boards import Board
-from coordinator.flash.disks import Disk, check_disk, confirm, find_disk
+from coordinator.flash.disks import Disk, check_again, check_disk, confirm, find_disk
 from coordinator.flash.gateway import Standing, ask
 from coordinator.flash.overlay import overlay_files, write_overlay
 from coordinator.flash.own_wheel import own_wheel
@@ -27,6 +28,7 @@ from coordinator.flash.seed import (
     read_ssh_key,
     read_wheels,
 )
+from coordinator.flash.source import Source
 from coordinator.flash.spool import Spool
 from coordinator.flash.survey import Progress, Survey
 from coordinator.flash.write import opened, reread_table, write_image
@@ -87,6 +89,8 @@ def flash(wishes: Wishes, desk: Desk) -> None:
     disk = find_disk(wishes.device, desk.root) if wishes.device else None
     if disk is not None:
         check_disk(disk, 0)
+        if not wishes.dry_run and not os.access(desk.root / disk.path[1:], os.W_OK):
+            raise RefusedError(f"{disk.path} is not yours to write to: run this as root (sudo)")
         desk.say(disk.describe())
     elif wishes.output is not None and wishes.output.exists():
         raise ConfigError(f"{wishes.output} is there already: nothing is overwritten")
@@ -101,12 +105,21 @@ def flash(wishes: Wishes, desk: Desk) -> None:
         return
     if disk is not None:
         confirm(disk, _confirmation(disk, wishes.confirm_serial, desk))
-        check_disk(find_disk(Path(disk.path), desk.root), found.image_bytes)  # it may have been mounted meanwhile
+        check_again(disk, desk.root, found.image_bytes)
     target = Path(disk.path) if disk else wishes.output
     assert target is not None
+    _write(target, disk, source, plan, desk)
+
+
+def _write(target: Path, disk: Disk | None, source: Source, plan: Plan, desk: Desk) -> None:
+    phases = {phase: desk.progress(phase) for phase in ("write", "verify")}
     with opened(target, disk) as handle:
-        phases = {phase: desk.progress(phase) for phase in ("write", "verify")}
-        done = write_image(handle, source, found, plan.patches, disk is None, phases)
+        try:
+            done = write_image(handle, source, plan.survey, plan.patches, disk is None, phases)
+        except BaseException:
+            if disk is not None:
+                desk.say(f"{target} is written in part: nothing boots from it until it is flashed anew")
+            raise
         if disk is not None:
             reread_table(handle)
     desk.facts.update(target=str(target), written=done.bytes_written, verified=True)

@@ -6,7 +6,7 @@ import os
 import tempfile
 from types import TracebackType
 
-from bmoe.protocol.errors import LimitError
+from bmoe.protocol.errors import LimitError, UnavailableError
 
 BLOCK = 64 * 1024
 SPOOL_BYTES = 2 << 30
@@ -21,7 +21,7 @@ class Spool:
         self._limit, self._held = limit, 0
 
     def put(self, offset: int, data: bytes | memoryview) -> None:
-        """Keep `data`; raises LimitError when more than the limit is not zero."""
+        """Keep `data`; raises LimitError when more than the limit is not zero, UnavailableError on a full disk."""
         for begin in range(0, len(data), BLOCK):
             block = bytes(data[begin : begin + BLOCK])
             if block == _ZEROS[: len(block)]:
@@ -29,7 +29,14 @@ class Spool:
             self._held += len(block)
             if self._held > self._limit:
                 raise LimitError(f"the image's boot partitions hold more than {self._limit >> 20} MiB: not looked into")
-            os.pwrite(self._file.fileno(), block, offset + begin)
+            try:
+                while block:
+                    done = os.pwrite(self._file.fileno(), block, offset + begin)
+                    block, begin = block[done:], begin + done
+            except OSError as error:
+                raise UnavailableError(
+                    f"{tempfile.gettempdir()} cannot take what is looked into: {error.strerror}; TMPDIR names another place"
+                ) from None
 
     def read(self, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -12,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bmoe.protocol.errors import ConfigError, ImageError, RefusedError
+from bmoe.protocol.errors import BmoeError, ConfigError, ImageError, RefusedError
+from bmoe.protocol.files import sync_folder
 from coordinator.flash.disks import Disk
 from coordinator.flash.source import CHUNK, Source
 from coordinator.flash.survey import Progress, Survey
 
 HELD_BYTES = 1 << 20  # the partition table is in it: without it a card that was half written boots nowhere
-BLKGETSIZE64, BLKFLSBUF, BLKRRPART = 0x80081272, 0x1261, 0x125F  # include/uapi/linux/fs.h
+BLKGETSIZE64, BLKFLSBUF, BLKRRPART, BLKGETDISKSEQ = 0x80081272, 0x1261, 0x125F, 0x80081280  # include/uapi/linux/fs.h
 Patch = tuple[int, bytes]
 _ZEROS = bytes(CHUNK)
 
@@ -35,7 +38,8 @@ class Written:
 
 @contextmanager
 def opened(target: Path, disk: Disk | None) -> Iterator[int]:
-    """The target's descriptor, exclusively ours. A file is made, and removed again if writing fails.
+    """The target's descriptor, exclusively ours. A file is made, and removed again if writing fails; a disk is then left
+    without its first MiB, so that nothing boots from it.
 
     Raises RefusedError for a disk that somebody holds or that is not the one looked at, ConfigError otherwise.
     """
@@ -53,13 +57,24 @@ def opened(target: Path, disk: Disk | None) -> Iterator[int]:
     try:
         if disk is not None:
             _same_disk(handle, disk)
-        yield handle
-    except BaseException:
-        if made:
-            target.unlink(missing_ok=True)
-        raise
+        yield from _undone_if_broken(handle, target, disk)
     finally:
         os.close(handle)
+    if made:
+        sync_folder(target.parent)
+
+
+def _undone_if_broken(handle: int, target: Path, disk: Disk | None) -> Iterator[int]:
+    try:
+        yield handle
+    except BaseException:
+        with contextlib.suppress(BmoeError, OSError):  # what it failed of is told, and the disk may be gone
+            if disk is None:
+                target.unlink(missing_ok=True)
+            else:
+                _write_at(handle, bytes(HELD_BYTES), 0)
+                _sync(handle)
+        raise
 
 
 def write_image(
@@ -67,19 +82,20 @@ def write_image(
 ) -> Written:
     """Write and verify. `sparse`: the target reads as zeros where nothing is written. `progress` by phase.
 
-    Raises ImageError when the image changed since it was looked at, or when the target does not give back what it took.
+    Raises ImageError when the image changed since it was looked at, RefusedError when the target does not take or give back
+    what it is given.
     """
     if not sparse:  # what booted from this card before must not boot from the half of something else
         _write_at(handle, bytes(min(HELD_BYTES, survey.image_bytes)), 0)
         _sync(handle)
-    held, digest, written = _stream(handle, source, survey, sparse, progress["write"])
-    if digest.hexdigest() != survey.raw_sha256:
+    sent = _stream(handle, source, survey, sparse, progress["write"])
+    if sent.raw_sha256 != survey.raw_sha256:
         raise ImageError(f"{source.path} changed while it was written: nothing on the target can be used")
     if sparse:
         os.ftruncate(handle, survey.image_bytes)
     _sync(handle)
-    _verify(handle, survey, held, progress["verify"])
-    front = bytearray(held)
+    _verify(handle, survey, sent, progress["verify"])
+    front = bytearray(sent.held)
     for offset, data in patches:
         if offset < len(front):
             front[offset : offset + len(data)] = data
@@ -89,17 +105,25 @@ def write_image(
     _write_at(handle, bytes(front), 0)
     _sync(handle)
     for offset, data in [(0, bytes(front)), *patches]:
-        if os.pread(handle, len(data), offset) != data:
-            raise ImageError(
-                f"the target does not give back what was written at byte {offset}: it is worn out or a fake"
+        if _read_at(handle, len(data), offset) != data:
+            raise RefusedError(
+                f"the target does not give back byte {offset} on: it is worn out, or smaller than it says"
             )
-    return Written(survey.image_bytes, written, survey.raw_sha256, len(patches))
+    return Written(survey.image_bytes, sent.written + len(sent.held), survey.raw_sha256, len(patches))
 
 
-def _stream(
-    handle: int, source: Source, survey: Survey, sparse: bool, progress: Progress
-) -> tuple[bytes, hashlib._Hash, int]:
-    digest, held, offset, written = hashlib.sha256(), b"", 0, 0
+@dataclass(frozen=True)
+class _Sent:
+    """What was streamed: the first MiB, held back; digests of the whole image and of what must read back; bytes written."""
+
+    held: bytes
+    raw_sha256: str
+    wanted_sha256: str
+    written: int
+
+
+def _stream(handle: int, source: Source, survey: Survey, sparse: bool, progress: Progress) -> _Sent:
+    digest, wanted, held, offset, written = hashlib.sha256(), hashlib.sha256(), b"", 0, 0
     for chunk in source.chunks():
         digest.update(chunk)
         begin = 0
@@ -108,13 +132,14 @@ def _stream(
         if offset + len(chunk) > survey.image_bytes:
             break  # it grew; the digest will say so
         for first, last in _wanted(survey, offset + begin, offset + len(chunk)):
-            piece = memoryview(chunk)[first - offset : last - offset]
+            piece = chunk[first - offset : last - offset]
+            wanted.update(piece)
             if not (sparse and piece == _ZEROS[: len(piece)]):
                 _write_at(handle, piece, first)
                 written += len(piece)
         offset += len(chunk)
         progress(offset, survey.image_bytes)
-    return held, digest, written + len(held)
+    return _Sent(held, digest.hexdigest(), wanted.hexdigest(), written)
 
 
 def _wanted(survey: Survey, begin: int, end: int) -> Iterator[tuple[int, int]]:
@@ -125,40 +150,31 @@ def _wanted(survey: Survey, begin: int, end: int) -> Iterator[tuple[int, int]]:
         return
     if begin < survey.boot.end:
         yield begin, min(end, survey.boot.end)
-    for span in survey.bmap.ranges:
-        first, last = max(span.begin, begin, survey.boot.end), min(span.end, end)
-        if first < last:
-            yield first, last
+    ranges = survey.bmap.ranges
+    begin = max(begin, survey.boot.end)
+    for index in range(bisect.bisect_right(ranges, begin, key=lambda span: span.end), len(ranges)):
+        if ranges[index].begin >= end:
+            return
+        yield max(ranges[index].begin, begin), min(ranges[index].end, end)
 
 
-def _verify(handle: int, survey: Survey, held: bytes, progress: Progress) -> None:
-    """Read everything back: against the image's own digest, or range by range of the block map."""
-    if survey.bmap is not None:
-        _verify_ranges(handle, survey, progress)
-        progress(survey.image_bytes, survey.image_bytes)
-        return
-    digest = hashlib.sha256(held)
-    for offset in range(len(held), survey.image_bytes, CHUNK):
-        data = os.pread(handle, min(CHUNK, survey.image_bytes - offset), offset)
-        digest.update(data)
-        progress(offset + len(data), survey.image_bytes)
-    if digest.hexdigest() != survey.raw_sha256:
-        raise ImageError("the target does not give back what was written: it is worn out, or smaller than it says")
-
-
-def _verify_ranges(handle: int, survey: Survey, progress: Progress) -> None:
-    assert survey.bmap is not None
-    for span in survey.bmap.ranges:
-        if span.begin < HELD_BYTES or not span.sha256:
-            continue
-        digest = hashlib.sha256()
-        for offset in range(span.begin, span.end, CHUNK):
-            digest.update(os.pread(handle, min(CHUNK, span.end - offset), offset))
+def _verify(handle: int, survey: Survey, sent: _Sent, progress: Progress) -> None:
+    """Read back everything that was written, holes of a file with it."""
+    digest = hashlib.sha256()
+    for begin, end in _wanted(survey, len(sent.held), survey.image_bytes):
+        for offset in range(begin, end, CHUNK):
+            digest.update(_read_at(handle, min(CHUNK, end - offset), offset))
             progress(offset, survey.image_bytes)
-        if digest.hexdigest() != span.sha256:
-            raise ImageError(
-                f"the target does not give back bytes {span.begin} to {span.end}: it is worn out or a fake"
-            )
+    progress(survey.image_bytes, survey.image_bytes)
+    if digest.hexdigest() != sent.wanted_sha256:
+        raise RefusedError("the target does not give back what was written: it is worn out, or smaller than it says")
+
+
+def _read_at(handle: int, size: int, offset: int) -> bytes:
+    try:
+        return os.pread(handle, size, offset)
+    except OSError as error:
+        raise RefusedError(f"the target cannot be read at byte {offset}: {error.strerror}") from None
 
 
 def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
@@ -167,7 +183,7 @@ def _write_at(handle: int, data: bytes | memoryview, offset: int) -> None:
         try:
             done = os.pwrite(handle, view, offset)
         except OSError as error:
-            raise ImageError(f"the target refused byte {offset}: {error.strerror}") from None
+            raise RefusedError(f"the target refused byte {offset}: {error.strerror}") from None
         view, offset = view[done:], offset + done
 
 
@@ -179,7 +195,7 @@ def _sync(handle: int) -> None:
         if stat.S_ISBLK(os.fstat(handle).st_mode):
             fcntl.ioctl(handle, BLKFLSBUF, 0)
     except OSError as error:
-        raise ImageError(f"the target lost what was written: {error.strerror}") from None
+        raise RefusedError(f"the target lost what was written: {error.strerror}") from None
 
 
 def _same_disk(handle: int, disk: Disk) -> None:
@@ -188,11 +204,15 @@ def _same_disk(handle: int, disk: Disk) -> None:
     number = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
     if not stat.S_ISBLK(status.st_mode) or number != disk.number:
         raise RefusedError(f"{disk.path} is not the disk that was looked at: found {number}, expected {disk.number}")
-    (size,) = struct.unpack("Q", fcntl.ioctl(handle, BLKGETSIZE64, bytes(8)))
-    if size != disk.bytes:
-        raise RefusedError(
-            f"{disk.path} has {size} bytes now, {disk.bytes} when it was looked at: was the card changed?"
-        )
+    for request, wanted, what in (
+        (BLKGETSIZE64, str(disk.bytes), "bytes"),
+        (BLKGETDISKSEQ, disk.sequence, "as its number"),
+    ):
+        found = str(struct.unpack("Q", fcntl.ioctl(handle, request, bytes(8)))[0]) if wanted else ""
+        if found != wanted:
+            raise RefusedError(
+                f"{disk.path} has {found} {what} now, {wanted} when it was looked at: was the card changed?"
+            )
 
 
 def reread_table(handle: int) -> None:

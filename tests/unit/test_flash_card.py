@@ -17,7 +17,7 @@ import pytest
 from flash_helpers import NOW_S, TOKEN, away, check_ext4, check_fat, check_table, flashed
 from image_maker import CMDLINE, Made, make_image
 
-from bmoe.protocol.errors import ImageError, LimitError
+from bmoe.protocol.errors import ImageError, LimitError, RefusedError
 from coordinator.boards import load_board
 from coordinator.cli.commands import run
 from coordinator.flash import flash as flashing
@@ -155,16 +155,26 @@ def test_the_card_holds_token_and_pin_and_no_other_secret(tmp_path: Path, monkey
     assert data.count(TOKEN.text().encode()) == 1  # not in cloud-init's files, which it copies
 
 
-def test_a_second_card_of_one_image_is_thought_new_by_cloud_init(
+def test_a_card_that_was_made_before_is_no_image_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its keys for Wi-Fi and ssh, and once it has joined those of the device, would be on every card made of it."""
+    made, first = make_image(tmp_path / "system.img", "trixie"), tmp_path / "1.img"
+    flashed(monkeypatch, made.path, first)
+    with pytest.raises(ImageError, match="was a card of bmoe before"):
+        flashed(monkeypatch, first, tmp_path / "2.img", name="pantry")
+
+
+def test_another_programs_words_of_the_command_line_are_not_said_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A card flashed before, taken as the image of the next: no word is in its command line twice."""
-    made, first, second = make_image(tmp_path / "system.img", "trixie"), tmp_path / "1.img", tmp_path / "2.img"
-    flashed(monkeypatch, made.path, first)
-    flashed(monkeypatch, first, second, name="pantry")
-    words = (contents(made, second).read("cmdline.txt") or b"").decode().split()
-    assert len([word for word in words if word.startswith("ds=nocloud")]) == 1
-    assert (contents(made, second).read("bmoe/name") or b"") == b"pantry\n"
+    """An image that Raspberry Pi Imager had prepared for cloud-init."""
+    made, card = make_image(tmp_path / "system.img", "trixie"), tmp_path / "card.img"
+    data = made.path.read_bytes()
+    theirs = CMDLINE.replace(b"rootwait quiet", b"ds=nocloud;i=x")
+    assert data.count(CMDLINE) == 1 and len(theirs) == len(CMDLINE)
+    made.path.write_bytes(data.replace(CMDLINE, theirs))
+    flashed(monkeypatch, made.path, card)
+    words = (contents(made, card).read("cmdline.txt") or b"").decode().split()
+    assert [word.startswith("ds=nocloud;i=bmoe-") for word in words if word.startswith("ds=")] == [True]
 
 
 @pytest.mark.parametrize("kind", ["xz", "zst", "gz"])
@@ -245,7 +255,7 @@ def test_a_target_that_lies_about_what_it_keeps_is_found_out(tmp_path: Path, mon
         real(handle)
 
     monkeypatch.setattr(write, "_sync", worn)
-    with pytest.raises(ImageError, match="does not give back what was written"):
+    with pytest.raises(RefusedError, match="does not give back what was written"):
         flashed(monkeypatch, made.path, card)
     assert not card.exists(), "nobody shall take it for a card"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from image_maker import make_image
 from bmoe.protocol.errors import BmoeError, ConfigError, RefusedError
 from coordinator.boards import load_board
 from coordinator.flash import flash as flashing
+from coordinator.flash import write
 from coordinator.flash.disks import check_disk, confirm, find_disk
 from coordinator.flash.flash import Desk, Wishes, flash
 from coordinator.flash.write import opened
@@ -139,6 +141,78 @@ def test_another_disks_serial_number_confirms_nothing(machine: Machine) -> None:
             confirm(disk, wrong)
 
 
+def test_a_serial_number_that_two_slots_of_a_reader_share_does_not_say_which(machine: Machine) -> None:
+    """A reader has one serial number and a disk for each slot: in the other may be somebody's photographs."""
+    card(machine)
+    machine.disk("sdb", USB + ":1", 32 * GIB, removable="1")
+    one, other = (find_disk(Path(f"/dev/sd{letter}"), machine.root) for letter in "ab")
+    assert (one.identity, other.identity) == ("000000001206-sda", "000000001206-sdb")
+    with pytest.raises(RefusedError, match="nothing was written"):
+        confirm(one, other.identity)
+
+
+def test_what_a_disk_calls_itself_does_not_write_on_the_terminal(machine: Machine) -> None:
+    (card(machine) / "device/model").write_text("SD\x1b[2J\x1b[Hnvme0n1")
+    assert "\x1b" not in find_disk(Path("/dev/sda"), machine.root).describe()
+
+
+def other_card(machine: Machine, device: Path) -> None:
+    (device / "diskseq").write_text("8\n")
+
+
+def other_reader(machine: Machine, device: Path) -> None:
+    (machine.root / "sys/devices/pci0000:00/0000:00:14.0/usb1/1-2/serial").write_text("BACKUP-2TB\n")
+
+
+def now_mounted(machine: Machine, device: Path) -> None:
+    machine.mount(device / "sda1", "/media/card")
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "said"),
+    [
+        (now_mounted, "is mounted on /media/card"),  # desktops mount what is put in, and reading takes minutes
+        (other_card, "its sequence was '7', is '8'"),
+        (other_reader, "its identity was '000000001206', is 'BACKUP-2TB'"),
+    ],
+)
+def test_a_disk_that_became_another_one_while_the_user_was_asked_is_not_written_to(
+    meanwhile: Callable[[Machine, Path], None],
+    said: str,
+    machine: Machine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was confirmed is what was shown: the same name and size may be another person's disk by now."""
+    device = card(machine, diskseq="7")
+    monkeypatch.setattr(flashing, "ask", away)
+    monkeypatch.setattr(flashing, "opened", lambda *_: pytest.fail("the disk was opened"))
+
+    def asked(question: str) -> str:
+        meanwhile(machine, device)
+        return "000000001206"
+
+    desk = Desk(lambda line: None, lambda phase: lambda done, total: None, asked, machine.root)
+    wishes = Wishes(load_board("rpi5"), make_image(tmp_path / "i.img").path, Path("/dev/sda"), None, TOKEN.text())
+    with pytest.raises(RefusedError, match=said):
+        flash(wishes, desk)
+
+
+def test_a_disk_that_is_another_users_is_told_before_the_image_is_read(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Minutes later, after the serial number was typed, would be late. A dry run needs no rights."""
+    card(machine)
+    monkeypatch.setattr(flashing, "ask", away)
+    monkeypatch.setattr(flashing.os, "access", lambda path, mode: path != machine.root / "dev/sda")
+    desk = Desk(lambda line: None, lambda phase: lambda done, total: None, None, machine.root)
+    wishes = Wishes(load_board("rpi5"), Path("/nowhere"), Path("/dev/sda"), None, TOKEN.text())
+    with pytest.raises(RefusedError, match="run this as root"):
+        flash(wishes, desk)
+    with pytest.raises(ConfigError, match="/nowhere cannot be read"):
+        flash(replace(wishes, dry_run=True), desk)
+
+
 def test_a_disk_without_a_serial_number_is_confirmed_by_name_and_size(machine: Machine) -> None:
     machine.disk("sdb", USB.replace("1-2", "1-3"), 8 * GIB, removable="1")
     assert find_disk(Path("/dev/sdb"), machine.root).identity == f"sdb-{8 * GIB}"
@@ -166,22 +240,17 @@ def test_a_file_in_the_disks_place_is_not_opened_for_it(machine: Machine, tmp_pa
     assert file.read_bytes() == b"precious"
 
 
-def test_a_card_that_is_mounted_while_the_image_is_read_is_not_written_to(
+def test_a_disk_whose_writing_fails_is_left_without_its_first_block(
     machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Desktops mount what is put in, and reading takes minutes."""
-    device = card(machine)
-    monkeypatch.setattr(flashing, "ask", away)
-    monkeypatch.setattr(flashing, "opened", lambda *_: pytest.fail("the disk was opened"))
-
-    def asked(question: str) -> str:
-        machine.mount(device / "sda1", "/media/card")
-        return "000000001206"
-
-    desk = Desk(lambda line: None, lambda phase: lambda done, total: None, asked, machine.root)
-    wishes = Wishes(load_board("rpi5"), make_image(tmp_path / "i.img").path, Path("/dev/sda"), None, TOKEN.text())
-    with pytest.raises(RefusedError, match="is mounted on /media/card"):
-        flash(wishes, desk)
+    """Also when it fails at the very last, with the partition table in place: a board would boot from what is not sound."""
+    card(machine)
+    disk, file = find_disk(Path("/dev/sda"), machine.root), tmp_path / "file"
+    file.write_bytes(b"\xaa" * (3 << 20))
+    monkeypatch.setattr(write, "_same_disk", lambda handle, disk: None)
+    with pytest.raises(KeyboardInterrupt), opened(file, disk):
+        raise KeyboardInterrupt
+    assert file.read_bytes() == bytes(1 << 20) + b"\xaa" * (2 << 20)
 
 
 def test_the_disks_of_this_very_machine_are_all_refused_or_named() -> None:

@@ -55,8 +55,8 @@ def sound(image: Bytes) -> Fat:
             inner = f"{path}/{name}".lstrip("/")
             entry = fat._find(inner)
             assert entry is not None
-            chain = fat._table.chain(entry.cluster) if entry.cluster else []
-            assert not seen & set(chain)
+            chain = list(fat._table.chain(entry.cluster)) if entry.cluster else []
+            assert not seen & set(chain) and len(chain) == len(set(chain))
             seen.update(chain)
             if entry.attributes & 0x10:
                 walk(inner)
@@ -167,13 +167,45 @@ def test_a_chain_that_bites_its_tail_is_refused() -> None:
     assert entry is not None
     at = 4 * SECTOR + 2 * (entry.cluster + 1)
     image.data[at : at + 2] = entry.cluster.to_bytes(2, "little")
-    with pytest.raises(ImageError, match="leads nowhere"):
+    with pytest.raises(ImageError, match=r"config\.txt of the boot partition is damaged"):
         Fat(image, 0, len(SMALL)).read("config.txt")
+
+
+@pytest.mark.parametrize("first", [b"config.txt", b"overlays"])
+def test_a_chain_without_end_costs_no_memory(first: bytes) -> None:
+    """Whoever makes an image decides how many clusters it has: what is followed is not kept."""
+    image = Bytes(SMALL)
+    entry = Fat(image, 0, len(SMALL))._find(first.decode())
+    assert entry is not None
+    for number in range(2, 8000):  # one chain through all of the file system, back to its begin
+        at = 4 * SECTOR + 2 * number
+        image.data[at : at + 2] = (number + 1 if number < 7999 else entry.cluster).to_bytes(2, "little")
+    fat = Fat(image, 0, len(SMALL))
+    tracemalloc.start()
+    with pytest.raises(ImageError):
+        fat.write(first.decode() if first == b"config.txt" else "overlays/x", b"")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (4 << 20)
+
+
+def test_what_lies_behind_the_end_of_a_folder_stays_unseen() -> None:
+    """A folder ends at its first empty entry, whatever is behind: a new name in that place must not show it."""
+    image = Bytes(SMALL)
+    geometry = Fat(image, 0, len(SMALL)).geometry
+    at = image.data.find(bytes(96), geometry.root_at * SECTOR) // 32 * 32 + 32
+    image.data[at + 32 : at + 640] = b"GHOST   TXT\x20".ljust(32, b"\1") * 19
+    before = Fat(image, 0, len(SMALL)).names()
+    fat = Fat(image, 0, len(SMALL))
+    fat.write("new", b"x")
+    image.apply(fat)
+    assert sorted(Fat(image, 0, len(SMALL)).names()) == sorted([*before, "new"])
 
 
 @given(st.binary(max_size=2048))
 def test_any_bytes_are_a_folder_or_none(content: bytes) -> None:
-    assert len(parse_entries(content)) <= len(content) // 32
+    found = parse_entries(content)
+    assert [entry.at for entry in found] == sorted({entry.at for entry in found}) and all(entry.name for entry in found)
 
 
 def test_an_image_that_ends_within_its_gpt_header_promises_one_and_has_none() -> None:

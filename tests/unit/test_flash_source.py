@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import lzma
+import os
+import re
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_maker import make_image
 
-from bmoe.protocol.errors import BmoeError, ImageError, LimitError
+from bmoe.protocol.errors import BmoeError, ImageError, LimitError, RefusedError, UnavailableError
 from coordinator.flash import source as sources
+from coordinator.flash import spool as spools
+from coordinator.flash import write
 from coordinator.flash.architecture import Programs
 from coordinator.flash.bmap import Bmap, Range, RangeCheck, parse_bmap
 from coordinator.flash.source import open_source, zstd
@@ -83,6 +88,24 @@ def test_the_spool_keeps_what_is_not_zero_and_no_more_than_its_limit() -> None:
             spool.put(0, b"\1" * (2 << 20))
 
 
+def test_a_full_disk_under_the_spool_is_one_line_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what a disk took only in part is written on."""
+    real, calls = os.pwrite, []
+
+    def full(handle: int, data: bytes, offset: int) -> int:
+        calls.append(offset)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(handle, data[:100], offset)
+
+    with Spool() as spool:
+        monkeypatch.setattr(spools.os, "pwrite", full)
+        spool.put(7, b"x" * 150)
+        assert spool.read(7, 150) == b"x" * 150
+        with pytest.raises(UnavailableError, match=r"No space left on device; TMPDIR names another place"):
+            spool.put(0, b"y")
+
+
 def test_programs_are_counted_wherever_their_file_system_put_them() -> None:
     programs = Programs()
     programs.feed(bytes(3 << 10) + b"\x7fELF\2\1\1" + bytes(9) + b"\2\0\xb7\0" + bytes(1004))
@@ -114,14 +137,52 @@ def test_with_a_block_map_the_card_is_the_same_where_it_means_something(
     made = make_image(tmp_path / "system.img", "trixie")
     plain, mapped = tmp_path / "1.img", tmp_path / "2.img"
     flashed(monkeypatch, made.path, plain)
-    last = made.root[1] // BLOCK
-    (tmp_path / "system.img.bmap").write_bytes(bmap_of(made.path, [(0, 0), (1024, 1100), (last - 400, last - 1)]))
+    (tmp_path / "system.img.bmap").write_bytes(bmap_of(made.path, used(made.path)))
     said, facts = flashed(monkeypatch, made.path, mapped)
     assert any("with a block map" in line for line in said) and facts["verified"]
-    boot = slice(*made.boot)
-    assert mapped.read_bytes()[boot] == plain.read_bytes()[boot], "the boot partition is written whole"
-    tail = (last - 400) * BLOCK
-    assert mapped.read_bytes()[tail:] == plain.read_bytes()[tail:]
+    assert mapped.read_bytes() == plain.read_bytes()
+
+
+def used(image: Path) -> list[tuple[int, int]]:
+    """The blocks that are not zero, as ranges."""
+    data = image.read_bytes()
+    blocks = [i for i in range(len(data) // BLOCK) if any(data[i * BLOCK : (i + 1) * BLOCK])]
+    ranges = [(i, i) for i in blocks[:1]]
+    for block in blocks[1:]:
+        ranges[-1:] = [(ranges[-1][0], block)] if block == ranges[-1][1] + 1 else [ranges[-1], (block, block)]
+    return ranges
+
+
+def test_a_block_map_that_leaves_out_what_the_image_holds_is_another_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heeded, it would leave what was on the card before in the middle of a file system; it may have no checksums at all."""
+    made = make_image(tmp_path / "system.img")
+    whole = bmap_of(made.path, used(made.path)[:-1])
+    for data in (whole, re.sub(rb' chksum="[0-9a-f]+"|<BmapFileChecksum>.*</BmapFileChecksum>', b"", whole)):
+        (tmp_path / "system.img.bmap").write_bytes(data)
+        with pytest.raises(ImageError, match="leaves out bytes"):
+            flashed(monkeypatch, made.path, tmp_path / "card.img")
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_with_a_block_map_too_all_that_was_written_is_read_back(
+    checked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map may be one range from the first byte on, and may have no checksums: that is no leave to look away."""
+    made, real = make_image(tmp_path / "system.img"), write._sync
+    data = bmap_of(made.path, [(0, made.path.stat().st_size // BLOCK - 1)])
+    if not checked:
+        data = re.sub(rb' chksum="[0-9a-f]+"|<BmapFileChecksum>.*</BmapFileChecksum>', b"", data)
+    (tmp_path / "system.img.bmap").write_bytes(data)
+
+    def worn(handle: int) -> None:
+        os.pwrite(handle, b"\x5a", made.root[0] + 5000)
+        real(handle)
+
+    monkeypatch.setattr(write, "_sync", worn)
+    with pytest.raises(RefusedError, match="does not give back what was written"):
+        flashed(monkeypatch, made.path, tmp_path / "card.img")
 
 
 def test_an_image_that_is_not_its_block_maps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +195,16 @@ def test_an_image_that_is_not_its_block_maps_is_refused(tmp_path: Path, monkeypa
         flashed(monkeypatch, made.path, tmp_path / "card.img")
 
 
+EBCDIC = (
+    '<!DOCTYPE b [<!ENTITY s "4096">]><bmap><ImageSize>8192</ImageSize><BlockSize>&s;</BlockSize><BlockMap><Range>0</Range>'
+    "</BlockMap></bmap>"
+)
 GOOD = bmap_of(Path(__file__), [(0, 0)])
 HOSTILE: list[tuple[bytes, str]] = [
     (GOOD.replace(b"<BlockSize>4096", b"<BlockSize>4097"), "own checksum is wrong"),
+    (re.sub(rb"<BmapFileChecksum>[0-9a-f]+", b"<BmapFileChecksum>none", GOOD), "own checksum is none"),
+    # Behind the declaration everything is EBCDIC, in which no search for a document type finds one.
+    (b'<?xml version="1.0" encoding="cp037"?>' + EBCDIC.encode("cp037"), "cannot be read"),
     (b"<!DOCTYPE b [<!ENTITY a 'aaaa'>]><bmap>&a;</bmap>", "no document type"),
     (b"<bmap><ImageSize>1e9</ImageSize></bmap>", "cannot be read"),
     (b"<bmap>" * 3000, "cannot be read"),
@@ -170,7 +238,7 @@ def test_ranges_of_a_block_map_are_in_order_apart_and_inside_or_refused(spans: l
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=8))
 def test_a_range_is_checked_however_the_image_falls_into_pieces(sizes: list[int]) -> None:
-    data = bytes(range(251)) * 60
+    data = bytes(range(1, 251)) * 20 + bytes(4000) + bytes(range(1, 251)) * 24
     spans = tuple(
         Range(a, b, hashlib.sha256(data[a:b]).hexdigest()) for a, b in ((0, 100), (100, 5000), (9000, len(data)))
     )
