@@ -153,11 +153,12 @@ def load_board(name: str) -> Board:
 def check_board(path: Path) -> Board:
     """A profile from any file. Raises ConfigError: one line with file, key, what is expected and what was found."""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path}: a profile has at most {MAX_BYTES} bytes, found {len(data)}")
+        raise ConfigError(f"{path}: a profile has at most {MAX_BYTES} bytes, found more")
     try:
         table = tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:

@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bmoe.protocol.errors import BmoeError, ConfigError
 from coordinator.flash.survey import Progress
+
+if TYPE_CHECKING:
+    from coordinator.flash.flash import Wishes
 
 PLAIN_STEPS = 10
 
@@ -44,8 +47,7 @@ def flash(
     everything back. On the card are a short-lived token, good for one join, and the CA's digest; no private key.
     """
     from coordinator.boards import load_board
-    from coordinator.flash.flash import Desk, Wishes
-    from coordinator.flash.flash import flash as run
+    from coordinator.flash.flash import Wishes
 
     wishes = Wishes(
         board=load_board(board),
@@ -68,13 +70,20 @@ def flash(
     )
     if not wishes.token:
         raise ConfigError("a card needs a join token: --token or --token-file; bmoe token create --name makes one")
+    _run(wishes, as_json)
+
+
+def _run(wishes: Wishes, as_json: bool) -> None:
+    from coordinator.flash.flash import Desk
+    from coordinator.flash.flash import flash as run
+
     say = (lambda line: print(line, file=sys.stderr)) if as_json else print
     prompt = typer.prompt if sys.stdin.isatty() and not as_json else None
     with _progress() as progress:
         desk = Desk(say=say, progress=progress.phase, prompt=prompt)
         try:
             run(wishes, desk)
-        except BmoeError as error:
+        except (BmoeError, OSError) as error:
             if as_json:
                 print(json.dumps({**desk.facts, "ok": False, "error": str(error)}))
             raise

@@ -24,7 +24,13 @@ READ = 256 << 10
 IMAGE_BYTES = 256 << 30
 XZ_MEMORY = 512 << 20
 ZSTD_WINDOW_LOG = 27  # 128 MiB, what the zstd program takes without being asked for more
-MAGIC = ((b"\xfd7zXZ\0", "xz"), (b"\x28\xb5\x2f\xfd", "zst"), (b"\x1f\x8b", "gz"))
+# The second of zstd's is a frame to be skipped, which parallel packers begin with.
+MAGIC = (
+    (rb"\xfd7zXZ\0", "xz"),
+    (rb"\x28\xb5\x2f\xfd", "zst"),
+    (rb"[\x50-\x5f]\x2a\x4d\x18", "zst"),
+    (rb"\x1f\x8b", "gz"),
+)
 
 
 class Decompressor(Protocol):
@@ -155,7 +161,7 @@ def open_source(path: Path) -> Source:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     if head[:4] == b"PK\3\4":
         raise ImageError(f"{path} is a .zip: unpack it; .img, .xz, .zst and .gz are written as they are")
-    kind = next((name for magic, name in MAGIC if head.startswith(magic)), "img")
+    kind = next((name for magic, name in MAGIC if re.match(magic, head)), "img")
     if kind == "img" and path.suffix in (".xz", ".zst", ".gz"):
         raise ImageError(f"{path} is damaged: no {path.suffix} archive by its first bytes")
     if not size:

@@ -202,6 +202,7 @@ def test_what_lies_behind_the_end_of_a_folder_stays_unseen() -> None:
     assert sorted(Fat(image, 0, len(SMALL)).names()) == sorted([*before, "new"])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=2048))
 def test_any_bytes_are_a_folder_or_none(content: bytes) -> None:
     found = parse_entries(content)
