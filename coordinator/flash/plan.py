@@ -51,7 +51,7 @@ def make_plan(found: Survey, seed: Seed, image: Readable) -> Plan:
     """The plan for a surveyed image; raises ImageError, and LimitError where the boot partition has no room."""
     fat = Fat(image, found.boot.offset, found.boot.size)
     if fat.exists("bmoe"):  # with the keys of whoever made it, and of the device that it may have become
-        raise ImageError("the image was a card of bmoe before: take the system's image as its maker publishes it")
+        raise ImageError("the image was made into a card before: take the system's image as its maker publishes it")
     existing: Callable[[str], bytes | None] = fat.read
     files = files_for(found.method, seed, found.label, existing)
     for wheel in seed.wheels:

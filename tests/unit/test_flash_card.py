@@ -159,7 +159,7 @@ def test_a_card_that_was_made_before_is_no_image_for_the_next(tmp_path: Path, mo
     """Its keys for Wi-Fi and ssh, and once it has joined those of the device, would be on every card made of it."""
     made, first = make_image(tmp_path / "system.img", "trixie"), tmp_path / "1.img"
     flashed(monkeypatch, made.path, first)
-    with pytest.raises(ImageError, match="was a card of bmoe before"):
+    with pytest.raises(ImageError, match="was made into a card before"):
         flashed(monkeypatch, first, tmp_path / "2.img", name="pantry")
 
 
