@@ -6,7 +6,9 @@ Read with care, for a stranger's manifest may name it: nothing pickled, nothing 
 from __future__ import annotations
 
 import io
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from math import prod
 
@@ -18,6 +20,11 @@ from bmoe.storage.manifest import DTYPES, MAX_TENSORS
 Arrays = dict[str, np.ndarray]
 MAX_BYTES = 256 << 20
 _DATE = (1980, 1, 1, 0, 0, 0)  # so that equal arrays give equal files
+# What zipfile, and numpy while it reads a header that is none, may raise.
+_BROKEN = (
+    zipfile.BadZipFile, zlib.error, NotImplementedError, ValueError, EOFError, OSError, RuntimeError, TypeError,
+    SyntaxError, tokenize.TokenError, MemoryError,
+)  # fmt: skip
 
 
 def write_golden(inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> bytes:
@@ -53,9 +60,17 @@ def read_arrays(data: bytes) -> Arrays:
                 raise ManifestError(
                     f"expected at most {2 * MAX_TENSORS} arrays of {MAX_BYTES} bytes in all, found {len(members)} of {total}"
                 )
-            return {m.filename.removesuffix(".npy"): _array(archive.read(m)) for m in members}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, OSError, RuntimeError) as error:
+            return {m.filename.removesuffix(".npy"): _array(_unpacked(archive, m)) for m in members}
+    except _BROKEN as error:
         raise ManifestError(f"not an .npz file of plain arrays: {error}") from None
+
+
+def _unpacked(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """A member's bytes, so many as the directory states: `read` without a size unpacks all that there is first."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ManifestError(f"{member.filename[:80]!r} is packed by method {member.compress_type}, expected deflate")
+    with archive.open(member) as stream:
+        return stream.read(member.file_size)
 
 
 def _array(raw: bytes) -> np.ndarray:
