@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from edge_agent.logs import event
 log = logging.getLogger("bmoe.agent")
 KNOWN_MAX = 256
 RETRY_S = 2.0
+_OURS = re.compile(r"[0-9a-f]{64}\.(onnx|part)")
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,10 @@ class Experts:
     async def get(self, digest: bytes) -> Served:
         """The expert of that SHA-256. Raises RefusedError when the gateway has released none such, TooLargeError,
         UnavailableError when it cannot be fetched now, InputError when what is served is not what was signed."""
-        if digest in self._ready:
+        ready = self._ready.get(digest)
+        if ready is not None and ready.file.path.exists():  # an update that needs room drops what nobody has installed
             self._ready.move_to_end(digest)
-            return self._ready[digest]
+            return ready
         if digest not in self._fetching:
             failed_at, error = self._failed.get(digest, (0.0, None))
             if error is not None and time.monotonic() - failed_at < RETRY_S:
@@ -84,6 +87,11 @@ class Experts:
         """Drop an expert whose file turned out to be unusable, so that it is fetched again."""
         self._ready.pop(digest, None)
         self._path(digest).unlink(missing_ok=True)
+
+    async def trim(self) -> None:
+        """Drop what exceeds the cache: updates bring experts past it."""
+        async with self._one_at_a_time:
+            await in_thread(lambda: self._make_room(0))
 
     async def close(self) -> None:
         """Stop waiting for downloads; what has arrived stays to be resumed."""
@@ -173,8 +181,8 @@ class Experts:
         os.replace(part, path)
         sync_folder(self._folder)
 
-    def _make_room(self, needed: int, keep: bytes) -> None:
-        files = [(entry.stat(), entry) for entry in self._folder.iterdir() if entry.suffix in (".onnx", ".part")]
+    def _make_room(self, needed: int, keep: bytes = b"") -> None:
+        files = [(entry.stat(), entry) for entry in self._folder.iterdir() if _OURS.fullmatch(entry.name)]
         total = sum(status.st_size for status, _ in files) + needed
         kept = {keep.hex(), *self._keep()}
         for status, path in sorted(files, key=lambda item: item[0].st_mtime):

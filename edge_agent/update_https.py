@@ -18,10 +18,10 @@ from bmoe.protocol.errors import BmoeError, ConfigError, RefusedError, UnknownEr
 from edge_agent import logs
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import load_identity
-from edge_agent.install_version import install
+from edge_agent.install_version import install, keep
 from edge_agent.logs import event
 from edge_agent.trusted import fleet_client
-from edge_agent.wanted import FOLDER, read_wanted
+from edge_agent.wanted import FOLDER, Result, Wanted, read_wanted
 
 log = logging.getLogger("bmoe.agent")
 NICE = 19
@@ -62,18 +62,28 @@ def main(argv: list[str] | None = None) -> int:
         wanted = read_wanted(state)
         if wanted is None:
             raise ConfigError(f"{state / FOLDER} says of no version that it is wanted")
-        source = Gateway(fleet_client(load_identity(state)))
-        for left in reversed(range(TRIES)):
-            result = install(state, wanted, source)
-            log.info(event("install", state=result.state, reason=result.reason))
-            if result.state != "failed":
-                return 0
-            if left:
-                time.sleep(AGAIN_S)
-        return 1
     except BmoeError as error:
         log.error(event("update_failed", reason=error))
         return 1
+    for left in reversed(range(TRIES)):
+        result = _tried(state, wanted)
+        log.info(event("install", state=result.state, reason=result.reason))
+        if result.state != "failed":
+            return 0
+        if left:
+            time.sleep(AGAIN_S)
+    return 1
+
+
+def _tried(state: Path, wanted: Wanted) -> Result:
+    """One try; whatever goes wrong is the agent's to tell, also a fault of ours."""
+    try:
+        return install(state, wanted, Gateway(fleet_client(load_identity(state))))
+    except BmoeError as error:
+        return keep(state, Result(wanted.rollout, "failed", str(error)))
+    except Exception as error:
+        log.exception(event("fault", where="updater", error=repr(error)))
+        return keep(state, Result(wanted.rollout, "failed", f"a fault of the updater: {error!r}"))
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ class Updates:
             while not ended.done():
                 await asyncio.wait({ended}, timeout=LOOK_S)
                 found = read_result(self._settings.state, wanted)
-                if found is not None and not told:
+                if found is not None and found.state != "failed" and not told:
                     told = True
                     self._report(wanted, found, carrier)
         finally:
@@ -123,8 +123,10 @@ class Updates:
         if before is None or before.rollout != wanted.rollout:
             return None
         known = read_result(state, wanted)
+        if known is None or known.state == "failed":
+            return None
         there = all((state / "experts" / f"{digest.hex()}.onnx").is_file() for digest in wanted.digests)
-        return known if known is not None and (known.state == "refused" or there) else None
+        return known if known.state == "refused" or there else None
 
     def _prepare(self, wanted: Wanted) -> None:
         folder = self._settings.state / FOLDER

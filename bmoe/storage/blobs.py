@@ -7,6 +7,7 @@ raised and the old one is; a reader never sees a part. Nothing read is believed 
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ class Store(Protocol):
         """Write or replace a small file."""
 
     def put_file(self, path: str, source: Path) -> None:
-        """Write a file from one on disk; one that is there with the same size is left as it is."""
+        """Write a file from one on disk; one that is there, of the same size at least, is left as it is."""
 
     def size(self, path: str) -> int | None:
         """How many bytes the file has; None where there is none."""
@@ -68,9 +69,9 @@ class FolderStore:
             write_durably(file, data)
 
     def put_file(self, path: str, source: Path) -> None:
-        """Link the file where the disk is the same, copy it otherwise."""
+        """Link the file where the disk is the same, copy it otherwise; one of other bytes is replaced."""
         with self._named(path) as file:
-            if file.is_file() and file.stat().st_size == source.stat().st_size:
+            if file.is_file() and (file.samefile(source) or filecmp.cmp(file, source, shallow=False)):
                 return
             make_folder(file.parent)
             temporary = file.with_name(f".{file.name}.{os.getpid()}")

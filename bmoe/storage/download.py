@@ -6,12 +6,12 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from bmoe.protocol.errors import InputError, RefusedError, UnavailableError
 from bmoe.protocol.files import sync_folder
-from bmoe.storage.installed import experts_folder, updates_folder
+from bmoe.storage.installed import experts_folder, pinned, updates_folder
 from bmoe.storage.targets import blob_path
 from bmoe.storage.update_source import Source
 
@@ -19,6 +19,8 @@ from bmoe.storage.update_source import Source
 SPARE_BYTES = 16 << 20
 READ_BYTES = 1 << 20
 STALE_S = 7 * 24 * 3600
+# Beside a part whose first copy was not what it should be, though nobody can say who spoiled it.
+SPOILED = ".spoiled"
 
 
 def parts_folder(state: Path) -> Path:
@@ -34,31 +36,42 @@ def progress(state: Path, sizes: Mapping[str, int]) -> dict[str, int]:
 def check_room(state: Path, sizes: Mapping[str, int]) -> None:
     """Raise UnavailableError unless the disk takes what is missing and keeps something to spare.
 
-    What was begun of other updates goes first.
+    What was begun of other updates goes first, then experts of no version installed or kept, the longest unused first.
     """
-    missing = sum(size - _have(state, sha256, size) for sha256, size in sizes.items())
-    if missing and missing + SPARE_BYTES > shutil.disk_usage(state).free:
-        _drop(path for path in parts_folder(state).glob("*") if path.name not in sizes)
-        free = shutil.disk_usage(state).free
-        if missing + SPARE_BYTES > free:
-            raise UnavailableError(f"the disk is full: {missing + SPARE_BYTES} bytes are needed, {free} are free")
+    needed = sum(size - _have(state, sha256, size) for sha256, size in sizes.items())
+    if not needed:
+        return
+    needed += SPARE_BYTES
+    free = shutil.disk_usage(state).free
+    may_go = [(path, path.stat().st_size) for path in _droppable(state, sizes)] if needed > free else []
+    if needed > free + sum(size for _, size in may_go):  # then nothing goes: it would be for nothing
+        raise UnavailableError(f"the disk is full: {needed} bytes are needed, {free} are free")
+    for path, size in may_go:
+        if needed <= free:
+            break
+        _drop(path)
+        free += size
 
 
 def obtain(source: Source, state: Path, sha256: str, size: int) -> Path:
     """The file of that digest and size: from the disk if it is there, its missing rest from the source.
 
     Raises InputError, and forgets what came, for bytes of another digest; UnavailableError, and keeps it, where it broke
-    off or the disk is full.
+    off or the disk is full. Bytes of another digest of which some came before are fetched once more from the start: a power
+    cut may have spoiled those.
     """
     ready = experts_folder(state) / f"{sha256}.onnx"
     if _is(ready, sha256, size):
         return ready
+    if ready.exists():
+        _drop(ready)  # damaged: no task can use it
     path = parts_folder(state) / sha256
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
         if file.tell() > size:
             file.truncate(0)
             file.seek(0)
+        before = file.tell()
         try:
             _append(source, file.fileno(), blob_path(sha256), file.tell(), size)
         finally:
@@ -69,8 +82,17 @@ def obtain(source: Source, state: Path, sha256: str, size: int) -> Path:
     found = digest_of(path)
     if found != sha256:
         path.unlink()
-        raise InputError(f"{sha256[:16]}: what came has SHA-256 {found}: it was tampered with, or damaged")
+        _blame(path.with_name(sha256 + SPOILED), before, f"{sha256[:16]}: what came has SHA-256 {found}")
     return path
+
+
+def _blame(mark: Path, before: int, fact: str) -> None:
+    """Raise for a file of another digest of which `before` bytes had come earlier: theirs, or perhaps our disk's fault."""
+    if before and not mark.exists():
+        mark.touch()
+        raise UnavailableError(f"{fact}, {before} bytes of it from an earlier try: fetched anew from the start")
+    mark.unlink(missing_ok=True)
+    raise InputError(f"{fact}: it was tampered with, or damaged")
 
 
 def install(state: Path, path: Path, sha256: str, release: bytes) -> None:
@@ -92,7 +114,9 @@ def install(state: Path, path: Path, sha256: str, release: bytes) -> None:
 def tidy(state: Path, done: Iterable[str]) -> None:
     """Drop parts that an update is done with, and those that no update has gone on with for a week."""
     finished, stale = set(done), time.time() - STALE_S
-    _drop(p for p in parts_folder(state).glob("*") if p.name in finished or p.stat().st_mtime < stale)
+    for path in list(parts_folder(state).glob("*")):
+        if path.name.removesuffix(SPOILED) in finished or path.stat().st_mtime < stale:
+            _drop(path)
 
 
 def digest_of(path: Path) -> str:
@@ -104,9 +128,18 @@ def digest_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _drop(paths: Iterable[Path]) -> None:
-    for path in list(paths):
-        path.unlink(missing_ok=True)
+def _droppable(state: Path, sizes: Mapping[str, int]) -> Iterator[Path]:
+    """What may go to make room, in the order in which it goes. An agent fetches an expert again for which a task comes."""
+    yield from [path for path in parts_folder(state).glob("*") if path.name.removesuffix(SPOILED) not in sizes]
+    kept = {*pinned(state), *sizes}
+    experts = [path for path in experts_folder(state).glob("*.onnx") if path.stem not in kept]
+    yield from sorted(experts, key=lambda path: path.stat().st_mtime)
+
+
+def _drop(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    if path.suffix == ".onnx":
+        path.with_suffix(".release").unlink(missing_ok=True)
 
 
 def _append(source: Source, handle: int, path: str, have: int, size: int) -> None:

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bmoe.protocol.errors import ConfigError, RefusedError
+from bmoe.protocol.errors import BmoeError, ConfigError, RefusedError
 from bmoe.protocol.files import write_durably
 from bmoe.protocol.schema import is_name
 
@@ -31,7 +31,7 @@ class Version:
 
 @dataclass(frozen=True)
 class Record:
-    """The version of a model in use, and the one before it, to go back to."""
+    """The version of a model in use, and the one before it, whose parts stay."""
 
     current: Version
     previous: Version | None = None
@@ -80,23 +80,13 @@ def switch(state: Path, model: str, version: Version) -> Record:
     return record
 
 
-def go_back(state: Path, model: str) -> Record:
-    """Make the version before the one in use; raises RefusedError where there is none."""
-    known = read_record(state, model)
-    if known is None or known.previous is None:
-        raise RefusedError(f"there is no version of {model} before the one installed")
-    record = Record(known.previous, known.current)
-    _write(state, model, record)
-    return record
-
-
 def pinned(state: Path) -> set[str]:
     """The parts, in hex, that no cache may drop: of every version in use, and of every one before."""
     found: set[str] = set()
     for path in updates_folder(state).glob("*.json"):
         try:
             record = read_record(state, path.stem)
-        except ConfigError:
+        except BmoeError:  # a damaged record, or a file that is none
             continue
         versions = (record.current, record.previous) if record else ()
         found.update(part for version in versions if version for part in version.parts)

@@ -30,9 +30,10 @@ def make_origin(model: Model, facts: Mapping[str, Any]) -> bytes:
     """
     if unknown := set(facts) - set(FACTS):
         raise InputError(f"origin: expected some of {', '.join(FACTS)}, found {', '.join(sorted(unknown))}")
-    data, code = facts.get("data", {}), facts.get("code", {})
-    if not isinstance(data, dict) or not isinstance(code, dict):
-        raise InputError("origin: data is an object of names and SHA-256 digests, code one with uri and commit")
+    data, code, parameters = (facts.get(name, {}) for name in ("data", "code", "parameters"))
+    if not isinstance(data, dict) or not isinstance(code, dict) or not isinstance(parameters, dict):
+        raise InputError("origin: data is an object of names and SHA-256 digests, code one with uri and commit,"
+                         " parameters one of names and values")  # fmt: skip
     sources = [{"name": name, "digest": {"sha256": sha256}} for name, sha256 in sorted(data.items())]
     if code:
         commit = {"digest": {"gitCommit": code["commit"]}} if code.get("commit") else {}
@@ -47,7 +48,7 @@ def make_origin(model: Model, facts: Mapping[str, Any]) -> bytes:
         "predicate": {
             "buildDefinition": {
                 "buildType": BUILD_TYPE,
-                "externalParameters": {"model": model.name, "version": model.version, **facts.get("parameters", {})},
+                "externalParameters": {**parameters, "model": model.name, "version": model.version},
                 "internalParameters": {key: facts[key] for key in ("seeds", "environment") if key in facts},
                 "resolvedDependencies": sources,
             },
@@ -69,6 +70,8 @@ def check_origin(data: bytes, model: Model | None = None) -> dict[str, Any]:
         raise InputError(f"origin: not an in-toto statement: {error!r}") from None
     if kind != STATEMENT or type(predicate) is not str:
         raise InputError(f"origin: expected a statement of type {STATEMENT}, found {str(kind)[:100]!r}")
+    if not isinstance(values.get("predicate"), dict):
+        raise InputError("origin: expected a predicate that is an object")
     if model is not None and (missing := {p.sha256 for p in experts_and_gate(model)} - subjects):
         raise InputError(f"origin: the statement says nothing of {', '.join(sorted(m[:16] for m in missing))}")
     found: dict[str, Any] = values

@@ -15,15 +15,16 @@ from typing import Any
 
 from tuf.api.metadata import TargetFile
 
-from bmoe.protocol.errors import InputError, UnknownError
+from bmoe.protocol.errors import InputError, LimitError, UnavailableError, UnknownError
 from bmoe.protocol.files import sync_folder
 from bmoe.storage.blobs import read_whole
-from bmoe.storage.manifest import MAX_MANIFEST_BYTES, Model, manifest_digest, parse_manifest
-from bmoe.storage.repository import Repository, Roles, delegation
+from bmoe.storage.manifest import MAX_FILE_BYTES, MAX_MANIFEST_BYTES, Model, manifest_digest, parse_manifest
+from bmoe.storage.repository import Repository
+from bmoe.storage.repository_roles import Roles, delegation
 from bmoe.storage.targets import (
-    METADATA_BYTES,
     OWNER_PREFIX,
     blob_path,
+    is_target,
     manifest_target,
     metadata_path,
     origin_target,
@@ -44,10 +45,13 @@ class Published:
     origin: str
 
 
-def publish(repository: Repository, owner: str, model: Model, manifest: bytes, blobs: Path, origin: bytes) -> str:
+def publish(
+    repository: Repository, owner: str, model: Model, manifest: bytes, blobs: Path, origin: bytes, draft: bool = False
+) -> str:
     """Put a version into the repository; the role that signed it. The files of `blobs` are named by their SHA-256.
 
-    Raises RefusedError for a model of another owner's, or where keys are missing. Doing it again changes nothing.
+    Raises RefusedError for a model of another owner's, UnsignedError where keys kept elsewhere must sign. Doing it again
+    changes nothing.
     """
     parts = part_targets(model)
     for _, sha256 in parts.values():
@@ -70,14 +74,14 @@ def publish(repository: Repository, owner: str, model: Model, manifest: bytes, b
             targets.update(wanted)
             roles.changed.add(role)
 
-    repository.change(edit)
+    repository.change(edit, draft)
     return role
 
 
-def withdraw(repository: Repository, model: str, version: int, digests: Sequence[str]) -> None:
+def withdraw(repository: Repository, model: str, version: int, digests: Sequence[str], draft: bool = False) -> None:
     """Take a version out of the metadata, and with it the parts of these SHA-256; the blobs stay, for auditors.
 
-    Doing it again, or for a version that was never there, changes nothing.
+    Doing it again, or for a version that was never there, changes nothing. Raises as `publish` does.
     """
 
     def edit(roles: Roles) -> None:
@@ -95,7 +99,7 @@ def withdraw(repository: Repository, model: str, version: int, digests: Sequence
                     del targets[path]
                     roles.changed.add(name)
 
-    repository.change(edit)
+    repository.change(edit, draft)
 
 
 def versions(roles: Roles) -> list[Published]:
@@ -103,8 +107,8 @@ def versions(roles: Roles) -> list[Published]:
     found = []
     for role, metadata in roles.owners.items():
         for path, target in metadata.signed.targets.items():
-            model, version, name = path.split("/")
-            if name == "model.json":
+            if is_target(path) and path.endswith("/model.json"):
+                model, version, _ = path.split("/")
                 origin = target.custom["origin"] if target.custom else ""
                 facts = (role.removeprefix(OWNER_PREFIX), target.hashes["sha256"], origin)
                 found.append(Published(model, int(version), *facts))
@@ -115,9 +119,20 @@ def read_version(repository: Repository, roles: Roles, model: str, version: int)
     """A version and its manifest; raises UnknownError where the repository has none such."""
     for found in versions(roles):
         if (found.model, found.version) == (model, version):
-            data = read_whole(repository.store, blob_path(found.manifest), MAX_MANIFEST_BYTES)
-            return found, parse_manifest(data)
+            return found, parse_manifest(read_blob(repository, found.manifest, MAX_MANIFEST_BYTES))
     raise UnknownError(f"{model} version {version} is not in the repository")
+
+
+def read_blob(repository: Repository, sha256: str, limit: int) -> bytes:
+    """A small blob of the store's, checked; raises UnknownError, LimitError, InputError where it is of another digest."""
+    data = read_whole(repository.store, blob_path(sha256), limit)
+    _check_digest(sha256, hashlib.sha256(data).hexdigest())
+    return data
+
+
+def _check_digest(sha256: str, found: str) -> None:
+    if found != sha256:
+        raise InputError(f"the store's blob {sha256} has SHA-256 {found}: it was tampered with")
 
 
 @dataclass(frozen=True)
@@ -132,7 +147,8 @@ def bundle(repository: Repository, model: str, version: int) -> Bundle:
     """What to push for a version; raises UnknownError where the repository has none such."""
     roles = repository.load()
     found, manifest = read_version(repository, roles, model, version)
-    metadata = {path: read_whole(repository.store, path, METADATA_BYTES) for path in _metadata_paths(roles, found)}
+    # As they were read: a timestamp of the next moment would name a snapshot that is not among them.
+    metadata = {path: roles.read[path] for path in _metadata_paths(roles, found)}
     blobs = {sha256: size for size, sha256 in part_targets(manifest).values()}
     for path in (manifest_target(model, version), origin_target(model, version)):
         target = roles.owners[OWNER_PREFIX + found.owner].signed.targets[path]
@@ -140,18 +156,22 @@ def bundle(repository: Repository, model: str, version: int) -> Bundle:
     return Bundle(metadata, blobs)
 
 
-def fetch(repository: Repository, sha256: str, folder: Path) -> None:
-    """Bring a blob from the store into a folder, under its SHA-256; raises UnknownError where the store has none,
-    InputError where what it has is of another digest."""
+def fetch(repository: Repository, sha256: str, folder: Path, limit: int = MAX_FILE_BYTES) -> None:
+    """Bring a blob from the store into a folder, under its SHA-256. What breaks off is gone on with while it gets on.
+
+    Raises UnknownError where the store has none, InputError where what it has is of another digest, LimitError for more
+    than `limit` bytes.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
         try:
-            for chunk in repository.store.stream(blob_path(sha256)):
+            for chunk in _chunks(repository, blob_path(sha256)):
                 digest.update(chunk)
                 file.write(chunk)
-            if digest.hexdigest() != sha256:
-                raise InputError(f"the store's blob {sha256} has SHA-256 {digest.hexdigest()}: it was tampered with")
+                if file.tell() > limit:
+                    raise LimitError(f"the store's blob {sha256} has more than {limit} bytes")
+            _check_digest(sha256, digest.hexdigest())
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, folder / sha256)
@@ -159,6 +179,21 @@ def fetch(repository: Repository, sha256: str, folder: Path) -> None:
             Path(file.name).unlink(missing_ok=True)
             raise
     sync_folder(folder)
+
+
+def _chunks(repository: Repository, path: str) -> Iterator[bytes]:
+    done = -1
+    have = 0
+    while True:
+        try:
+            for chunk in repository.store.stream(path, have):
+                have += len(chunk)
+                yield chunk
+            return
+        except UnavailableError:
+            if have <= done or not have:
+                raise
+            done = have
 
 
 def _metadata_paths(roles: Roles, found: Published) -> Iterator[str]:

@@ -8,10 +8,13 @@ files     metadata/N.ROLE.json and metadata/timestamp.json (TUF, consistent snap
 
 from __future__ import annotations
 
+import re
+
 from bmoe.storage.manifest import Expert, Model
 
 METADATA_BYTES = 5_000_000
 OWNER_PREFIX = "owner-"
+_TARGET = re.compile(r"[a-z0-9-]{1,64}/([1-9][0-9]{0,9}/(model|origin)\.json|[a-z0-9-]{1,64}/[0-9a-f]{64}\.(onnx|npz))")
 
 
 def metadata_path(name: str) -> str:
@@ -42,6 +45,11 @@ def manifest_target(model: str, version: int) -> str:
 def origin_target(model: str, version: int) -> str:
     """The target that says where a version comes from."""
     return f"{model}/{version}/origin.json"
+
+
+def is_target(path: str) -> bool:
+    """Whether this is the path of a target as this file names them."""
+    return _TARGET.fullmatch(path) is not None
 
 
 def owner_role(owner: str) -> str:

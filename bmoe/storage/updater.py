@@ -35,7 +35,7 @@ from tuf.api.exceptions import (
 from tuf.api.metadata import TargetFile
 from tuf.ngclient import Updater, UpdaterConfig
 
-from bmoe.protocol.errors import BmoeError, ManifestError, ModelError, RefusedError, UnavailableError
+from bmoe.protocol.errors import BmoeError, ConfigError, ManifestError, ModelError, RefusedError, UnavailableError
 from bmoe.protocol.files import sync_folder
 from bmoe.protocol.text import plain
 from bmoe.storage.download import check_room, install, obtain, tidy
@@ -49,6 +49,8 @@ from bmoe.storage.update_source import BASE, MetadataFetcher, Source
 
 STEPS = ("metadata", "manifest", "ledger", "download", "check", "self-test", "move", "switch", "done")
 ROOT_BYTES = 512_000
+# From the first root, which a board pins, to the newest: two a year are renewals, the rest changes of keys.
+ROOTS_MAX = 4096
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 Hook = Callable[[str], None]
 # Runs one expert (file) on its golden pair (file, None where there is none); raises what says that it does not do.
@@ -110,7 +112,7 @@ def apply(
     try:
         with _alone(state):
             return _apply(source, state, wanted, trust, self_test, hook)
-    except (BmoeError, RepositoryError, DownloadError, OSError) as error:
+    except (BmoeError, RepositoryError, DownloadError, OSError, MemoryError) as error:
         return Refused(now, plain(_line(error), 400), _passes(error))
 
 
@@ -155,8 +157,9 @@ def _refreshed(source: Source, state: Path, root: bytes) -> Updater:
     folder = updates_folder(state) / "metadata"
     folder.mkdir(parents=True, exist_ok=True)
     config = UpdaterConfig(
-        root_max_length=ROOT_BYTES, snapshot_max_length=METADATA_BYTES, targets_max_length=METADATA_BYTES
-    )
+        root_max_length=ROOT_BYTES, snapshot_max_length=METADATA_BYTES, targets_max_length=METADATA_BYTES,
+        max_root_rotations=ROOTS_MAX,
+    )  # fmt: skip
     fetcher = MetadataFetcher(source, METADATA_BYTES)
     updater = Updater(str(folder), BASE + "metadata/", fetcher=fetcher, config=config, bootstrap=root)
     try:
@@ -249,6 +252,8 @@ def _line(error: Exception) -> str:
     for kind, meaning in _MEANINGS:
         if isinstance(error, kind):
             return f"{meaning}: {error}"
+    if isinstance(error, MemoryError):
+        return "this board has not enough memory for it now"
     if isinstance(error, OSError):
         return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"{error.strerror or error}"
     return str(error)
@@ -265,8 +270,13 @@ _MEANINGS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
+_PASSES = (
+    UnavailableError, DownloadError, ExpiredMetadataError, OSError, MemoryError,
+    BadVersionNumberError,  # who brings it is behind what was seen here already
+    ConfigError,  # this board's own files or processes, not the release
+)  # fmt: skip
+
+
 def _passes(error: Exception) -> bool:
     """Whether the same update may succeed later: something was not there, or the disk was full, or time was needed."""
-    if isinstance(error, DownloadHTTPError):
-        return False
-    return isinstance(error, (UnavailableError, DownloadError, ExpiredMetadataError, OSError))
+    return isinstance(error, _PASSES) and not isinstance(error, DownloadHTTPError)

@@ -14,6 +14,7 @@ from coordinator.state_layout import StateLayout
 
 ADMIN = "bmoe-admin"
 TIMEOUT_S = 120.0
+REPLY_BYTES = 40 << 20  # drafts of metadata, as text in JSON
 
 
 class Admin:
@@ -37,7 +38,7 @@ class Admin:
         try:
             connection.request(method, path, data, {"Content-Type": "application/json"} if data else {})
             response = connection.getresponse()
-            reply = json.loads(response.read(1024 * 1024))
+            reply = json.loads(response.read(REPLY_BYTES))
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise UnavailableError(f"the registrar on port {self._port} does not answer: {error}") from error
         finally:

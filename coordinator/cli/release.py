@@ -10,13 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from bmoe.protocol.errors import InputError, ModelError
+from bmoe.protocol.text import plain
+from coordinator.cli.release_keys import DEFAULT_STATE, State, ToSign, add_key_commands, kept
 
-release_app = typer.Typer(help="Signed releases of models: publish, list, show, withdraw.", no_args_is_help=True)
-
-State = Annotated[Path, typer.Option(help="The gateway's state directory.", envvar="BMOE_STATE")]
+release_app = typer.Typer(help="Signed releases of models: publish, list, show, withdraw; and their keys.",
+                          no_args_is_help=True)  # fmt: skip
+add_key_commands(release_app)
 Name = Annotated[str, typer.Argument(help="The model's name.")]
 Version = Annotated[int, typer.Argument(min=1, help="The number of its version.")]
-DEFAULT_STATE = Path("./state")
 
 
 @release_app.command()
@@ -27,6 +28,7 @@ def publish(
         Path | None, typer.Option(help="An in-toto statement of where it comes from, or facts to make one of.")
     ] = None,
     serve: Annotated[bool, typer.Option(help="Serve it at once to all, without a rollout.")] = False,
+    to_sign: ToSign = None,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Check a model, put it into the repository, and enter it on the ledger. A version that follows another one waits
@@ -36,7 +38,10 @@ def publish(
 
     if faults := asyncio.run(checked(folder)):
         raise ModelError(f"{folder} was not published: {faults} fault{'s' if faults > 1 else ''}, see above")
-    reply = send(state, folder, owner, hold=not serve, origin=origin)
+    reply = send(state, folder, owner, hold=not serve, origin=origin, to_sign=to_sign is not None)
+    if kept(to_sign, reply):
+        typer.echo(f"then publish {folder} again")
+        return
     name = f"{reply['model']} version {reply['version']}"
     if not reply["position"]:
         typer.echo(f"{name} is published already; nothing changed")
@@ -81,36 +86,27 @@ def withdraw(
     model: Name,
     version: Version,
     reason: Annotated[str, typer.Option(help="Why; it stands on the ledger for good.")],
+    to_sign: ToSign = None,
     state: State = DEFAULT_STATE,
 ) -> None:
     """Take a version back, for good: it is not served any more, and no board fetches what only it consists of."""
     from coordinator.cli.admin import Admin
 
-    body = {"model": _name(model), "version": version, "reason": reason}
+    body = {"model": _name(model), "version": version, "reason": reason, "to_sign": to_sign is not None}
     reply = Admin(state).call("POST", "/v1/admin/withdrawals", body)
+    if kept(to_sign, reply):
+        typer.echo(
+            "the ledger has the withdrawal, and the gateway goes by it; boards that ask the repository do not yet"
+        )
+        return
     served = f"version {reply['served']} is in use" if reply["served"] else "no version is in use any more"
     typer.echo(f"withdrew {model} version {version} and {len(reply['parts'])} of its parts; {served}")
 
 
-@release_app.command("rotate-key")
-def rotate_key(
-    role: Annotated[str, typer.Argument(help="root, targets, snapshot, timestamp, or owner-NAME.")],
-    keys: Annotated[int, typer.Option(min=1, max=16, help="How many keys the role gets.")] = 1,
-    threshold: Annotated[int, typer.Option(min=1, max=16, help="How many of them must sign.")] = 1,
-    state: State = DEFAULT_STATE,
-) -> None:
-    """Give a role of the repository new keys; what the old ones sign counts no more."""
-    from coordinator.cli.admin import Admin
-
-    body = {"role": role, "keys": keys, "threshold": threshold}
-    reply = Admin(state).call("POST", "/v1/admin/repository/keys", body)
-    typer.echo(f"{role} has {keys} new keys, {threshold} must sign; {len(reply['removed'])} old ones removed")
-
-
 def _lines(found: dict[str, Any]) -> list[str]:
-    built = found["origin_statement"]["predicate"].get("buildDefinition", {})
-    sources = built.get("resolvedDependencies", [])
-    origin = "; ".join(_source(source) for source in sources) or "nothing is stated but the files themselves"
+    built = _object(_object(found["origin_statement"].get("predicate")).get("buildDefinition"))
+    sources = built.get("resolvedDependencies")
+    origin = "; ".join(map(_source, sources if isinstance(sources, list) else ()))
     lines = [
         f"{found['model']} version {found['version']}: {found['state']}, "
         f"{'final on the ledger' if found['final'] else 'not final on the ledger'}",
@@ -119,14 +115,21 @@ def _lines(found: dict[str, Any]) -> list[str]:
         *(f"{part['name']:<9} {part['sha256']}  {part['bytes']} bytes" for part in found["parts"]),
         f"expiry    {', '.join(f'{role} {when}' for role, when in found['expires'].items())}",
         f"origin    {found['origin']}",
-        f"made from {origin}",
+        f"made from {origin or 'nothing is stated but the files themselves'}",
     ]
-    return lines + [f"{key:<9} {json.dumps(value)}" for key, value in built.get("internalParameters", {}).items()]
+    lines += [f"{key:<9} {json.dumps(value)}" for key, value in _object(built.get("internalParameters")).items()]
+    return [plain(line, 2000) for line in lines]  # a statement of origin is a stranger's text
 
 
-def _source(source: dict[str, Any]) -> str:
-    digest = next(iter(source.get("digest", {}).values()), "")
+def _source(source: Any) -> str:
+    source = _object(source)
+    digest = next(iter(_object(source.get("digest")).values()), "")
     return f"{source.get('name') or source.get('uri') or '?'} {str(digest)[:16]}".strip()
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """A part of a foreign statement, which may be anything."""
+    return value if isinstance(value, dict) else {}
 
 
 def _name(model: str) -> str:

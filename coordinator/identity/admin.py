@@ -18,6 +18,9 @@ from bmoe.protocol.schema import is_name
 from bmoe.protocol.text import is_plain
 from bmoe.storage.manifest import MAX_MANIFEST_BYTES, parse_manifest
 from bmoe.storage.origin import MAX_ORIGIN_BYTES, check_origin
+from bmoe.storage.repository import UnsignedError
+from bmoe.storage.repository_drafts import DRAFTS_BYTES, read_drafts, write_drafts
+from bmoe.storage.repository_keys import read_public
 from coordinator.identity.blobs import is_hex_digest, read_blob
 from coordinator.identity.releases import check_blobs
 from coordinator.identity.server import Fleet, peer, read_body, read_json
@@ -30,7 +33,7 @@ TTL_S = 3600
 @dataclass(frozen=True)
 class Desk:
     """What the operator's routes need. `url` goes into tokens; `revoke(name, reason)` gives the number of sessions
-    ended; `publish(model, manifest, owner, hold, origin)` the ledger position, 0 where the ledger has that version
+    ended; `publish(model, manifest, owner, hold, origin, draft)` the ledger position, 0 where the ledger has that version
     already; `models()` those that are served; `shelf` keeps the repository."""
 
     fleet: Fleet
@@ -60,6 +63,8 @@ def add_admin_routes(app: FastAPI, desk: Desk) -> None:
         ("/v1/admin/releases/{model}/{version}", "GET", _show_release),
         ("/v1/admin/withdrawals", "POST", _withdraw),
         ("/v1/admin/repository/keys", "POST", _rotate),
+        ("/v1/admin/repository/unsigned", "GET", _unsigned),
+        ("/v1/admin/repository/signed", "POST", _accept),
     ):
         app.add_route(path, partial(_for_operator, desk, handler), [method])
 
@@ -123,8 +128,11 @@ async def _publish_model(desk: Desk, request: Request) -> dict[str, Any]:
     manifest = await read_body(request, MAX_MANIFEST_BYTES)
     model = parse_manifest(manifest)
     await asyncio.to_thread(check_blobs, desk.fleet.blobs, model)
-    hold = request.query_params.get("hold") == "true"
-    position = await desk.publish(model, manifest, str(owner), hold, await _origin(desk, request))
+    hold, draft = (request.query_params.get(name) == "true" for name in ("hold", "to_sign"))
+    try:
+        position = await desk.publish(model, manifest, str(owner), hold, await _origin(desk, request), draft)
+    except UnsignedError as error:
+        return _to_sign(draft, error)
     desk.fleet.report("model_published", model=model.name, version=model.version, owner=owner, position=position)
     # One that was there before is not waited for: a gateway starts though its validators be away.
     final = desk.shelf is None or await desk.shelf.final(model.name, model.version, wait=position > 0)
@@ -162,16 +170,45 @@ async def _withdraw(desk: Desk, request: Request) -> dict[str, Any]:
         raise MessageError('expected {"model": name, "version": number, "reason": text}')
     if not 0 < len(reason) <= 200 or not is_plain(reason):
         raise MessageError("reason must be text of 1..200 characters and no control characters")
-    parts, served = await _shelf(desk).withdraw(str(model), version, reason)
+    draft = body.get("to_sign") is True
+    try:
+        parts, served = await _shelf(desk).withdraw(str(model), version, reason, draft)
+    except UnsignedError as error:
+        return _to_sign(draft, error)
     return {"model": model, "version": version, "parts": parts, "served": served}
 
 
 async def _rotate(desk: Desk, request: Request) -> dict[str, Any]:
     body = await read_json(request)
-    role, keys, threshold = body.get("role"), body.get("keys", 1), body.get("threshold", 1)
-    if not is_name(role) or type(keys) is not int or type(threshold) is not int:
-        raise MessageError('expected {"role": name, "keys": number, "threshold": number}')
-    return await _shelf(desk).rotate(str(role), keys, threshold)
+    role, keys, threshold, given = (body.get(key) for key in ("role", "keys", "threshold", "public_keys"))
+    if not isinstance(role, str) or type(keys) is not int or type(threshold) is not int or type(given) is not list:
+        raise MessageError('expected {"role": name, "keys": number, "threshold": number, "public_keys": [...]}')
+    draft = body.get("to_sign") is True
+    try:
+        return await _shelf(desk).rotate(role[:100], keys, threshold, [read_public(key) for key in given[:99]], draft)
+    except UnsignedError as error:
+        return _to_sign(draft, error)
+
+
+async def _unsigned(desk: Desk, request: Request) -> dict[str, Any]:
+    drafts, signers = await _shelf(desk).renewals()
+    return {"to_sign": write_drafts(drafts, signers).decode() if drafts else None}
+
+
+async def _accept(desk: Desk, request: Request) -> dict[str, Any]:
+    documents, _ = read_drafts(await read_body(request, DRAFTS_BYTES))
+    if not documents:
+        raise MessageError("the file holds no drafts")
+    return await _shelf(desk).accept(documents)
+
+
+def _to_sign(draft: bool, error: UnsignedError) -> dict[str, Any]:
+    """The drafts to be signed elsewhere, if they were asked for."""
+    if not draft:
+        raise RefusedError(
+            f"{error}; where they are kept elsewhere, --to-sign FILE writes what they must sign"
+        ) from None
+    return {"to_sign": write_drafts(error.drafts, error.signers).decode()}
 
 
 def _shelf(desk: Desk) -> Shelf:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import hashlib
-import os
 import signal
 import sys
 import time
@@ -23,16 +21,15 @@ import structlog
 import uvloop
 from fastapi import FastAPI
 
-from bmoe.ledger.rules.entries import Revocation, Rollout
+from bmoe.ledger.rules.entries import Revocation
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream
 from bmoe.protocol.collector import keep_what_is_loaded
-from bmoe.protocol.errors import BmoeError, ConfigError, LedgerError, UnavailableError
+from bmoe.protocol.errors import BmoeError, ConfigError, UnavailableError
 from bmoe.protocol.figures import Figures, hand_on
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import LinkSettings
 from bmoe.storage.evidence import EvidenceReader
-from bmoe.storage.manifest import Model
 from coordinator import logs
 from coordinator.config import GatewaySettings, load_settings
 from coordinator.embedded.ports import read_ports
@@ -52,7 +49,7 @@ from coordinator.identity.infrastructure import ADMIN, GUARD, SERVER, Identity, 
 from coordinator.identity.issued import Issued
 from coordinator.identity.jwt import Issuer
 from coordinator.identity.kick import Kicker
-from coordinator.identity.releases import check_publishable, release_entries
+from coordinator.identity.publishing import publish
 from coordinator.identity.repository_routes import add_repository_routes
 from coordinator.identity.server import Fleet, make_app, nothing
 from coordinator.identity.shelf import Shelf, open_repository
@@ -61,7 +58,6 @@ from coordinator.logs import set_up_logs
 from coordinator.state_layout import StateLayout
 
 AGAIN_S = 1.0
-HELD = "held until it is rolled out"
 Report = Callable[..., Any]
 
 
@@ -129,31 +125,6 @@ class Registrar:
             raise UnavailableError(f"{name} is denied here, but the ledger does not say so yet: {error}") from error
         self.report("device_revoked", device=name, reason=reason, sessions_ended=ended)
         return ended
-
-    async def publish(self, model: Model, manifest: bytes, owner: str, hold: bool = False, origin: bytes = b"") -> int:
-        """Enter a model and its releases; the position of their frame, or 0 when the ledger has this very version.
-
-        With `hold` a version that follows another is not in use before its rollout is done: see `bmoe rollout start`.
-
-        Raises RefusedError for what the ledger's rules would refuse, and for an older version than the one served.
-        """
-        digest = hashlib.sha256(manifest).digest()
-        if _published(self._desk.state, model, digest):
-            # Again, for what a crash may have kept from the repository.
-            with contextlib.suppress(UnavailableError):
-                await self._shelf.put(model, manifest, owner, origin)
-            return 0
-        check_publishable(self._desk.state, model)
-        now_ms = time.time_ns() // 1_000_000
-        entries = release_entries(self.identity.registrar, self._desk, model, digest, owner, now_ms)
-        if hold and model.name in self._desk.state.models:
-            facts = {"rollout": os.urandom(16), "model": model.name, "version": model.version, "wave": ()}
-            entries.append((Rollout, {**facts, "stage": "paused", "reason": HELD}))
-        await self._shelf.put(model, manifest, owner, origin)
-        position = await self._desk.enter(*entries)
-        if not _published(self._desk.state, model, digest):
-            raise LedgerError(f"the ledger did not accept {model.name} {model.version}: see its rejected entries")
-        return position
 
     def _models(self) -> list[dict[str, Any]]:
         return [
@@ -226,7 +197,8 @@ class Registrar:
         app = make_app(fleet)
         url = f"https://[{dialled}]:{port}" if ":" in dialled else f"https://{dialled}:{port}"
         add_repository_routes(app, fleet, self._shelf)
-        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, self.publish, self._models, self._shelf))
+        entering = partial(publish, desk, self._shelf, identity.registrar)
+        add_admin_routes(app, Desk(fleet, tokens, url, self.revoke, entering, self._models, self._shelf))
         return app
 
     async def _sweep_sessions(self) -> None:
@@ -258,11 +230,6 @@ class Registrar:
 
 
 _OPEN = {"nats": Registrar._open_nats, "mosquitto": Registrar._open_mosquitto}
-
-
-def _published(state: State, model: Model, digest: bytes) -> bool:
-    found = state.versions.get((model.name, model.version))
-    return found is not None and found.manifest == digest
 
 
 async def _serve(settings: GatewaySettings, report: Report) -> None:

@@ -12,7 +12,7 @@ from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import ModelError, RefusedError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.messages import ModelRelease, Release, seal_message
-from bmoe.storage.manifest import Model
+from bmoe.storage.manifest import Model, parts
 from bmoe.storage.onnx_file import read_onnx_file
 from bmoe.storage.onnx_rules import check_declared, check_servable
 from bmoe.storage.stated import stated_tensors
@@ -22,7 +22,7 @@ from coordinator.identity.enrol import LedgerPort
 
 def check_blobs(folder: Path, model: Model) -> None:
     """Raise RefusedError unless every file of the model lies in `folder` under its digest, whole."""
-    for part in experts_and_gate(model):
+    for part in parts(model):
         path = folder / part.sha256
         if not path.is_file() or path.stat().st_size != part.bytes:
             raise RefusedError(
@@ -32,8 +32,9 @@ def check_blobs(folder: Path, model: Model) -> None:
             found = hashlib.file_digest(file, "sha256").hexdigest()
         if found != part.sha256:
             raise RefusedError(f"blob {part.sha256} ({part.file}) is damaged, it hashes to {found}: put it again")
+    for part in experts_and_gate(model):
         try:
-            onnx = read_onnx_file(path)
+            onnx = read_onnx_file(folder / part.sha256)
             check_servable(onnx)
             check_declared(onnx, part)
         except ModelError as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,12 @@ from bmoe.ledger.stream import LedgerStream
 from bmoe.protocol.errors import BmoeError, RefusedError, UnavailableError
 from bmoe.protocol.threads import in_thread
 from bmoe.storage import publication
-from bmoe.storage.blobs import open_store, read_whole
+from bmoe.storage.blobs import open_store
 from bmoe.storage.manifest import Model
 from bmoe.storage.origin import MAX_ORIGIN_BYTES, check_origin, make_origin
 from bmoe.storage.repository import Repository
 from bmoe.storage.repository_keys import KeyFolder
-from bmoe.storage.targets import blob_path, experts_and_gate
+from bmoe.storage.targets import experts_and_gate
 from coordinator.config import GatewaySettings
 from coordinator.identity.desk import LedgerDesk
 from coordinator.receipts import gather
@@ -54,7 +54,7 @@ class Shelf:
     ) -> None:
         self.repository, self.blobs = repository, blobs
         self._desk, self._stream, self._settings, self._report = desk, stream, settings, report
-        self._busy = asyncio.Lock()
+        self._busy, self._fetching = asyncio.Lock(), asyncio.Lock()
 
     async def open(self) -> None:
         """Found the repository at the first start; raises ConfigError where it is damaged.
@@ -66,19 +66,22 @@ class Shelf:
         except UnavailableError as error:
             self._report("repository_renewal_failed", reason=str(error))
 
-    async def put(self, model: Model, manifest: bytes, owner: str, origin: bytes) -> None:
-        """Put a version into the repository; raises RefusedError for another owner's model, or where keys are missing."""
+    async def put(self, model: Model, manifest: bytes, owner: str, origin: bytes, draft: bool = False) -> None:
+        """Put a version into the repository; raises RefusedError for another owner's model, UnsignedError where keys kept
+        elsewhere must sign: with `draft` the drafts that it carries are to be signed and accepted."""
         statement = origin or make_origin(model, {})
         check_origin(statement, model)
         async with self._busy:
-            await in_thread(lambda: publication.publish(self.repository, owner, model, manifest, self.blobs, statement))
+            await self._found()
+            facts = (owner, model, manifest, self.blobs, statement, draft)
+            await in_thread(lambda: publication.publish(self.repository, *facts))
         self._report("release_published", model=model.name, version=model.version, owner=owner)
 
-    async def withdraw(self, model: str, version: int, reason: str) -> tuple[list[str], int]:
+    async def withdraw(self, model: str, version: int, reason: str, draft: bool = False) -> tuple[list[str], int]:
         """Take a version back, for good: on the ledger first, so that it counts though the repository be away.
 
         Returns the parts, in hex, that went with it, for no other version that stands has them, and the version in use
-        then, 0 for none. Raises RefusedError for a version that is not on the ledger.
+        then, 0 for none. Raises RefusedError for a version that is not on the ledger, UnsignedError as `put` does.
         """
         state = self._desk.state
         version_of = state.versions.get((model, version))
@@ -97,17 +100,32 @@ class Shelf:
             raise UnavailableError(f"the ledger did not accept the withdrawal of {model} {version}: see its log")
         parts = [digest.hex() for digest in digests]
         async with self._busy:
-            await in_thread(lambda: publication.withdraw(self.repository, model, version, parts))
+            await in_thread(lambda: publication.withdraw(self.repository, model, version, parts, draft))
         self._report("release_withdrawn", model=model, version=version, reason=reason)
         served = state.models.get(model)
         return parts, served.version if served else 0
 
-    async def rotate(self, role: str, keys: int, threshold: int) -> dict[str, Any]:
+    async def rotate(
+        self, role: str, keys: int, threshold: int, public: Sequence[Any] = (), draft: bool = False
+    ) -> dict[str, Any]:
         """Give a role new keys; raises RefusedError or UnknownError as the repository does."""
         async with self._busy:
-            old = await in_thread(lambda: self.repository.rotate(role, keys, threshold))
+            old = await in_thread(lambda: self.repository.rotate(role, keys, threshold, public, draft))
+        keys = len(public) or keys
         self._report("repository_keys_rotated", role=role, keys=keys, threshold=threshold)
         return {"role": role, "keys": keys, "threshold": threshold, "removed": old}
+
+    async def accept(self, documents: Mapping[str, bytes]) -> dict[str, Any]:
+        """Take drafts that were signed elsewhere; raises RefusedError, InputError as the repository does."""
+        async with self._busy:
+            gone = await in_thread(lambda: self.repository.accept(documents))
+        self._report("repository_signed", roles=sorted(documents))
+        return {"roles": sorted(documents), "removed": gone}
+
+    async def renewals(self) -> tuple[dict[str, bytes], dict[str, list[str]]]:
+        """Drafts, and who may sign them, of the roles that will expire and whose keys are kept elsewhere."""
+        async with self._busy:
+            return await in_thread(self.repository.renewals)
 
     async def list(self) -> list[dict[str, Any]]:
         """Every version in the repository, with what the ledger says of it."""
@@ -125,7 +143,7 @@ class Shelf:
             roles = self.repository.load()
             found, manifest = publication.read_version(self.repository, roles, model, version)
             trusted = roles.trusts(f"owner-{found.owner}")
-            origin = read_whole(self.repository.store, blob_path(found.origin), MAX_ORIGIN_BYTES)
+            origin = publication.read_blob(self.repository, found.origin, MAX_ORIGIN_BYTES)
             parts = [{"name": p.name, "file": p.file, "sha256": p.sha256, "bytes": p.bytes}
                      for p in experts_and_gate(manifest)]  # fmt: skip
             expires = {role: roles.named(role).signed.expires.isoformat() for role in ("timestamp", "targets")}
@@ -173,8 +191,9 @@ class Shelf:
         """Bring a blob that only the store has to where it is served from; raises UnknownError, UnavailableError."""
         if (self.blobs / digest).is_file():
             return
-        async with self._busy:
-            await in_thread(lambda: publication.fetch(self.repository, digest, self.blobs))
+        async with self._fetching:
+            if not (self.blobs / digest).is_file():
+                await in_thread(lambda: publication.fetch(self.repository, digest, self.blobs))
 
     async def keep_fresh(self) -> None:
         """Renew metadata long before it expires, for ever; a store that is away is tried again."""
@@ -182,9 +201,11 @@ class Shelf:
             try:
                 async with self._busy:
                     await self._found()
-                    renewed = await in_thread(self.repository.refresh)
+                    renewed, elsewhere = await in_thread(self.repository.refresh)
                 if renewed:
                     self._report("repository_renewed", roles=renewed)
+                if elsewhere:
+                    self._report("repository_unsigned", days=elsewhere)
             except BmoeError as error:
                 self._report("repository_renewal_failed", reason=str(error))
             await asyncio.sleep(LOOK_S)

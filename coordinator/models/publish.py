@@ -29,13 +29,15 @@ def model_folder(given: str) -> Path:
     return folder
 
 
-def publish(state: Path, folder: Path, owner: str, hold: bool = False, origin: Path | None = None) -> dict[str, Any]:
+def publish(
+    state: Path, folder: Path, owner: str, hold: bool = False, origin: Path | None = None, to_sign: bool = False
+) -> dict[str, Any]:
     """Stage the files of a model and have the registrar of a running gateway enter its releases.
 
     With `hold` a version that follows another is not in use before its rollout is done. `origin` is an in-toto statement,
     or a JSON object of the facts to make one of; `origin.json` in the folder when not given, if it is there.
     Returns the registrar's reply: model, version, whether it is final by now, and the ledger position, 0 where that
-    version was there before.
+    version was there before; with `to_sign`, where keys kept elsewhere must sign first, their drafts alone.
     Raises ManifestError for a folder that is not what its manifest says, RefusedError as the registrar does.
     """
     layout = StateLayout(state)
@@ -44,6 +46,7 @@ def publish(state: Path, folder: Path, owner: str, hold: bool = False, origin: P
     digest = hashlib.sha256(statement).hexdigest()
     write_durably(layout.blobs / digest, statement)
     path = f"/v1/admin/releases?owner={owner}&origin={digest}{'&hold=true' if hold else ''}"
+    path += "&to_sign=true" if to_sign else ""
     return Admin(state).call("POST", path, (folder / MANIFEST_NAME).read_bytes())
 
 
@@ -58,8 +61,10 @@ def read_origin(folder: Path, model: Model, given: Path | None) -> bytes:
         return make_origin(model, {})
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if len(data) > MAX_ORIGIN_BYTES:
+        raise InputError(f"{path} has {len(data)} bytes, at most {MAX_ORIGIN_BYTES} do")
     try:
-        facts = json.loads(data[:MAX_ORIGIN_BYTES])
+        facts = json.loads(data)
         if isinstance(facts, dict) and "_type" not in facts:
             return make_origin(model, facts)
     except (ValueError, RecursionError) as error:
@@ -75,9 +80,10 @@ def stage(layout: StateLayout, folder: Path) -> Model:
     model = load_model(folder)
     private_dir(layout.blobs)
     for part in parts(model):
-        path = layout.blobs / part.sha256
-        if not path.exists():
-            write_durably(path, read_part(folder, part))
+        path, data = layout.blobs / part.sha256, read_part(folder, part)
+        # One that is there may be damaged: what is published is what was read.
+        if not path.is_file() or path.stat().st_size != part.bytes or path.read_bytes() != data:
+            write_durably(path, data)
     sync_folder(layout.blobs)
     return model
 

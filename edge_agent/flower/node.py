@@ -118,7 +118,8 @@ def _serve(state: Path, identity: Identity, wanted: Wanted) -> bool:
                     seen, active = now, time.monotonic()
                 if read_wanted(state) != wanted:
                     return False  # another version is wanted by now: another process of ours brings it
-                if read_result(state, wanted) is not None and time.monotonic() - active > LINGER_S:
+                found = read_result(state, wanted)
+                if found is not None and found.state != "failed" and time.monotonic() - active > LINGER_S:
                     return True
                 if time.monotonic() - active > IDLE_S:
                     raise UnavailableError(f"nothing came over Flower for {IDLE_S:g} s")

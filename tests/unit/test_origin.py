@@ -54,6 +54,11 @@ BAD = {
         '{"_type": "x", "predicateType": "y", "subject": []}',
         "expected a statement of type",
     ),
+    "a statement without a predicate": (
+        '{"_type": "https://in-toto.io/Statement/v1", "predicateType": "y", "subject": [], "predicate": []}',
+        "expected a predicate that is an object",
+    ),
+    "parameters that are a list": ('{"parameters": [1]}', "parameters one of names and values"),
     "no statement": ('{"_type": 7}', "not an in-toto statement"),
     "a list": ("[]", "not an in-toto statement"),
 }

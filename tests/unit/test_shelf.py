@@ -18,9 +18,11 @@ from release_site import (
 )
 
 from bmoe.ledger.store import model_name
-from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError, UnknownError
+from bmoe.protocol.errors import BmoeError, ConfigError, InputError, RefusedError, UnavailableError, UnknownError
 from bmoe.storage.blobs import FolderStore
 from bmoe.storage.manifest import render_manifest
+from bmoe.storage.repository import Repository
+from bmoe.storage.repository_keys import KeyFolder
 from bmoe.storage.updater import Installed
 from coordinator.config import load_settings
 from coordinator.identity.shelf import Shelf, open_repository
@@ -161,10 +163,10 @@ async def test_a_blob_that_only_the_store_has_is_brought_and_a_damaged_one_is_no
 
 
 async def test_a_store_that_is_away_holds_up_no_start(shelf: Shelf, site: Site, tmp_path: Path) -> None:
-    site.repository.store = Away(tmp_path / "elsewhere")
+    shelf.repository = Repository(Away(tmp_path / "elsewhere"), KeyFolder(tmp_path / "other keys"))
     await shelf.open()
     assert site.told == ["repository_renewal_failed"]  # type: ignore[attr-defined]
-    site.repository.store = FolderStore(tmp_path / "elsewhere")
+    shelf.repository.store = FolderStore(tmp_path / "elsewhere")
     fresh = asyncio.ensure_future(shelf.keep_fresh())
     await asyncio.wait_for(site.founded.wait(), 10)  # type: ignore[attr-defined]
     fresh.cancel()
@@ -173,6 +175,8 @@ async def test_a_store_that_is_away_holds_up_no_start(shelf: Shelf, site: Site, 
 def test_the_repository_is_a_folder_unless_it_is_said_otherwise(tmp_path: Path) -> None:
     here = open_repository(load_settings(state=tmp_path))
     there = open_repository(load_settings(state=tmp_path, repository="memory:///elsewhere"))
-    assert here.found() and there.found()
+    assert here.found()
     assert (tmp_path / "repository" / "metadata" / "timestamp.json").is_file()
-    assert len(list((tmp_path / "identity" / "repository").iterdir())) == 8
+    assert len(list((tmp_path / "identity" / "repository").glob("*.key"))) == 4
+    with pytest.raises(ConfigError, match="copy all of the repository to where it is to be"):
+        there.found()  # boards have pinned the root of the one that is here
