@@ -5,7 +5,6 @@ The site is the peer: a test publishes, enters, spoils one thing, lets the board
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 from onnx_models import FLOAT, graph, model, node, tensor, value
 from receipt_ledger import Ledger
 
@@ -34,14 +32,6 @@ from bmoe.storage.updater import Installed, Refused, Trusted, Wanted, apply
 from coordinator.identity.releases import release_entries
 
 EPSILON, COLUMNS, CLASSES = 1e-5, 4, 3
-
-
-@pytest.fixture(scope="module")
-def unsynced() -> Iterator[None]:
-    """No waiting for the disk: what SIGKILL leaves behind is the same, and only a power cut would tell."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda handle: None)
-        yield
 
 
 def linear(seed: int, padding: int = 0, outputs: int = CLASSES, name: str = "y") -> tuple[bytes, np.ndarray]:
@@ -107,10 +97,10 @@ class Site:
         }  # fmt: skip
         return Model(**{**facts, **changes})
 
-    def release(self, model: Model, owner: str = "ada", enter: bool = True) -> Model:
+    def release(self, model: Model, owner: str = "ada", enter: bool = True, draft: bool = False) -> Model:
         """Publish in the repository, and enter on the ledger."""
         manifest = render_manifest(model)
-        publish(self.repository, owner, model, manifest, self.blobs, make_origin(model, {}))
+        publish(self.repository, owner, model, manifest, self.blobs, make_origin(model, {}), draft)
         if enter:
             self.enter(model, owner)
         return model

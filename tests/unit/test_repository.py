@@ -8,13 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from release_site import (
-    Site,
-    golden_of,
-    linear,
-    parts_of,
-    unsynced,  # noqa: F401  a fixture
-)
+from release_site import Site, golden_of, linear, parts_of
 
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError, RefusedError, UnavailableError, UnknownError
 from bmoe.storage.blobs import FolderStore, UrlStore, open_store, read_whole
@@ -25,11 +19,6 @@ from bmoe.storage.targets import blob_path
 from bmoe.storage.updater import Installed
 
 pytestmark = pytest.mark.usefixtures("unsynced")
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    return Site(tmp_path)
 
 
 class Dying(FolderStore):

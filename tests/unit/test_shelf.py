@@ -9,13 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from release_site import (
-    Site,
-    golden_of,
-    linear,
-    parts_of,
-    unsynced,  # noqa: F401  a fixture
-)
+from release_site import Site, golden_of, linear, parts_of
 
 from bmoe.ledger.store import model_name
 from bmoe.protocol.errors import BmoeError, ConfigError, InputError, RefusedError, UnavailableError, UnknownError
@@ -52,8 +46,8 @@ class Away(FolderStore):
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    site = Site(tmp_path)
+def site(site: Site) -> Site:
+    """Two versions are released."""
     for version in (1, 2):
         site.release(site.model(version))
     return site

@@ -11,14 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from release_site import (
-    EPSILON,
-    Site,
-    golden_of,
-    linear,
-    parts_of,
-    unsynced,  # noqa: F401  a fixture
-)
+from release_site import EPSILON, Site, golden_of, linear, parts_of
 
 from bmoe.protocol.errors import UnavailableError
 from bmoe.storage.download import progress
@@ -33,14 +26,11 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
+def site(installed: Site) -> Site:
     """A board with version 1 installed, and version 2 released."""
-    site = Site(tmp_path)
-    site.release(site.model(1))
-    assert site.update(1) == Installed("lines", 1, 0)
-    site.release(site.model(2))
-    site.reads.clear()
-    return site
+    installed.release(installed.model(2))
+    installed.reads.clear()
+    return installed
 
 
 def test_a_version_is_installed_tested_and_the_one_before_kept(site: Site) -> None:

@@ -10,16 +10,7 @@ from pathlib import Path
 
 import onnx_models as onnx
 import pytest
-from release_site import (
-    CLASSES,
-    COLUMNS,
-    EPSILON,
-    Site,
-    golden_of,
-    linear,
-    parts_of,
-    unsynced,  # noqa: F401  a fixture
-)
+from release_site import CLASSES, COLUMNS, EPSILON, Site, golden_of, linear, parts_of
 from test_hostile_models import nested_graphs
 from tuf.api.metadata import Metadata
 
@@ -37,12 +28,9 @@ pytestmark = pytest.mark.usefixtures("unsynced")
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    """A board with version 1 of ada's model installed; bob has a model of his own."""
-    site = Site(tmp_path)
-    site.release(site.model(1))
-    assert site.update(1) == Installed("lines", 1, 0)
-    return site
+def site(installed: Site) -> Site:
+    """A board with version 1 of ada's model installed."""
+    return installed
 
 
 def test_rolled_back_metadata_is_refused(site: Site) -> None:
