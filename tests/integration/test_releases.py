@@ -7,29 +7,37 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import pytest_asyncio
+from typer.testing import CliRunner
 
 from benchmarks.fleet import AgentSpec, LocalFleet
 from bmoe.protocol.errors import BmoeError, InputError
+from bmoe.protocol.files import write_durably
 from bmoe.protocol.tls import mutual_tls
+from bmoe.storage.installed import read_record
 from bmoe.storage.manifest import Model, load_model, manifest_digest, parts, render_manifest
+from bmoe.storage.repository import LIFE_S
 from bmoe.storage.targets import model_receipt_path, release_receipt_path
 from bmoe.storage.update_ledger import Word, check_entered
 from coordinator.cli.admin import Admin
+from coordinator.cli.commands import app
+from coordinator.config import load_settings
+from coordinator.identity.shelf import open_repository
 from coordinator.state_layout import StateLayout
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import load_identity
+from edge_agent.wanted import FOLDER, Result, Wanted, read_result, write_wanted
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from release_site import Site, golden_of, linear
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-RUN = "import sys; from coordinator.cli import main; sys.exit(main())"
 X = np.array([[1, 2, 3, 4], [0.5, -1, 0, 2]], np.float32)
 
 
@@ -58,11 +66,15 @@ async def fleet(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Local
 
 async def release(fleet: LocalFleet, *words: str, fails: bool = False) -> str:
     """What `bmoe release ...` says."""
-    argv = [sys.executable, "-c", RUN, "release", *words, "--state", str(fleet.state)]
-    done = await asyncio.to_thread(lambda: subprocess.run(argv, capture_output=True, text=True, timeout=100))
-    assert (done.returncode != 0) is fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    return await command(*words, "--state", str(fleet.state), fails=fails)
+
+
+async def command(*words: str, fails: bool = False) -> str:
+    """What `bmoe release ...` says on a machine that need not be a gateway's; in this process, which has it loaded."""
+    done = await asyncio.to_thread(lambda: CliRunner().invoke(app, ["release", *words]))
+    assert (done.exit_code != 0) is fails, (done.output, done.exception)
+    assert done.exception is None or isinstance(done.exception, BmoeError), done.exception
+    return done.output + str(done.exception or "")
 
 
 async def answer(fleet: LocalFleet) -> np.ndarray:
@@ -103,6 +115,64 @@ async def test_a_release_is_published_held_served_withdrawn_and_its_keys_rotated
     assert np.allclose(await answer(fleet), X @ third, atol=1e-5)
     listed = await release(fleet, "list")
     assert "lines" in listed and "in use" in listed
+
+
+async def test_a_release_is_signed_by_a_key_that_never_lies_on_the_gateway(fleet: LocalFleet, tmp_path: Path) -> None:
+    key, file, folder = tmp_path / "ada.key", tmp_path / "change.json", tmp_path / "v4"
+    fourth = write_model(folder, 4)
+    await command("new-key", str(key))
+    words = ("rotate-key", "owner-ada", "--public-key", f"{key}.pub")
+    assert "--to-sign FILE writes what they must sign" in await release(fleet, *words, fails=True)
+    await release(fleet, *words, "--to-sign", str(file))
+    await command("sign", str(file), "--key", str(key), "--yes")
+    assert "accepted owner-ada, targets; 2 keys sign no more" in await release(fleet, "accept", str(file))
+    words = ("publish", str(folder), "--owner", "ada", "--serve")
+    assert "role owner-ada needs 1 signatures, 0 of its keys are in" in await release(fleet, *words, fails=True)
+    assert "then publish" in await release(fleet, *words, "--to-sign", str(file))
+    await command("sign", str(file), "--key", str(key), "--yes")
+    await release(fleet, "accept", str(file))
+    assert "published lines version 4" in await release(fleet, *words)
+    assert np.allclose(await answer(fleet), X @ fourth, atol=1e-5)
+    assert "nothing waits" in await release(fleet, "unsigned", "--to-sign", str(file))
+
+
+async def test_expired_metadata_block_updates_and_never_inference(fleet: LocalFleet, tmp_path: Path) -> None:
+    """The gateway's repository is frozen; a board's updater says so, its agent answers, and goes on once it is renewed."""
+    settings = load_settings(state=fleet.state)
+    repository = open_repository(settings)
+    repository._clock = lambda: time.time() - LIFE_S["timestamp"] - 60
+    repository.change(lambda roles: roles.changed.add("timestamp"))
+    state = fleet.folder("board-1")
+    version = load_model(write_and_find(tmp_path / "v4", 4))
+    wanted = Wanted(b"r" * 16, "lines", 4, (bytes.fromhex(version.experts[0].sha256),), "https", "")
+    write_wanted(state, wanted)
+    limits = {"file_bytes": 1 << 20, "memory_mb": 256, "assurance": "final"}
+    write_durably(state / FOLDER / "limits.json", json.dumps(limits).encode())
+    said = await updated(state, wanted)
+    assert said.state == "failed" and "metadata: the repository's metadata is out of date" in said.reason
+    (state / "experts" / f"{version.experts[0].sha256}.onnx").unlink(missing_ok=True)
+    weights = linear(4)[1]
+    assert np.allclose(await answer(fleet), X @ weights, atol=1e-5), "an expert is fetched and answers all the same"
+    repository._clock = time.time
+    assert repository.refresh() == (["timestamp"], {})
+    assert (await updated(state, wanted)).state == "installed"
+    record = read_record(state, "lines")
+    assert record is not None and record.current.version == 4
+
+
+def write_and_find(folder: Path, version: int) -> Path:
+    write_model(folder, version)
+    return folder
+
+
+async def updated(state: Path, wanted: Wanted) -> Result:
+    """What the updater over HTTPS, as an agent starts it, says of one try."""
+    code = "import edge_agent.update_https as u, sys; u.TRIES = 1; sys.exit(u.main(['--state', sys.argv[1]]))"
+    argv = [sys.executable, "-c", code, str(state)]
+    await asyncio.to_thread(lambda: subprocess.run(argv, capture_output=True, text=True, timeout=100))
+    found = read_result(state, wanted)
+    assert found is not None
+    return found
 
 
 async def test_a_board_gets_a_receipt_that_it_verifies_and_nothing_of_what_is_withdrawn(
