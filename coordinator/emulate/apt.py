@@ -1,32 +1,46 @@
 """Packages of another architecture from the machine's own Debian sources: fetched and unpacked, never installed, no root.
 
-apt runs on a private state: no lock, list or setting of the system's is touched.
+apt runs on a private state: no lock, list or setting of the system's is touched, and none of its hooks is run.
+What is fetched is checked by apt itself: each package by a digest, and the digests by the signature of the archive.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bmoe.protocol.errors import ConfigError, UnavailableError
+from coordinator.emulate.tools import last_words, run_tool
 
 SOURCES = Path("/etc/apt")
 OS_RELEASE = Path("/etc/os-release")
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 FETCH_WITHIN_S = 600.0
 TOOLS = ("apt-get", "dpkg-deb", "tar")
 POCKETS = ("", "-updates", "-security")
 LEFT_OUT = ("doc", "man", "locale", "info", "lintian", "bug")
+OFF = ("no", "false", "without", "off", "disable", "0")  # as apt spells it
+# Read after the machine's own settings: its hooks are for its own packages, and what nobody signed is not taken.
+SETTINGS = """#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear DPkg::Pre-Invoke;
+#clear DPkg::Post-Invoke;
+Acquire::AllowInsecureRepositories "false";
+Acquire::AllowWeakRepositories "false";
+Acquire::AllowDowngradeToInsecureRepositories "false";
+APT::Get::AllowUnauthenticated "false";
+"""
 _ONE_LINE = re.compile(r"deb\s+(?:\[(?P<options>[^]]*)\]\s+)?(?P<uri>\S+)\s+(?P<suite>\S+)\s+(?P<components>.+)")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One suite of one archive, component main. `keyring`: path of the keys that sign it, "" for the system's."""
+    """One suite of one archive, component main. `keyring`: paths of the keys that sign it, "" for the system's."""
 
     uri: str
     suite: str
@@ -71,10 +85,9 @@ def deb822_sources(text: str) -> list[Source]:
         }
         if "deb" not in fields.get("types", ()) or "main" not in fields.get("components", ()):
             continue
-        if fields.get("enabled", ["yes"])[:1] == ["no"]:
+        if fields.get("enabled", ["yes"])[0].lower() in OFF:
             continue
-        keyring = next(iter(fields.get("signed-by", ())), "")
-        keyring = keyring if keyring.startswith("/") else ""
+        keyring = ",".join(word for word in fields.get("signed-by", ()) if word.startswith("/"))
         found += [Source(uri, suite, keyring) for uri in fields.get("uris", ()) for suite in fields.get("suites", ())]
     return found
 
@@ -111,6 +124,7 @@ class Archive:
             status.touch()
         (folder / "sources.list").write_text("".join(source.line(architectures) + "\n" for source in sources))
         quoted = ", ".join(architectures)
+        (folder / "settings").write_text(SETTINGS)
         self._options = [
             f"APT::Architecture={architectures[0]}", f"APT::Architectures={quoted.replace(' ', '')}",
             "APT::Install-Recommends=false", "APT::Sandbox::User=root", "Debug::NoLocking=1", "Acquire::Languages=none",
@@ -137,53 +151,49 @@ class Archive:
 
     def _apt(self, *arguments: str, cwd: Path | None = None) -> None:
         options = [word for option in self._options for word in ("-o", option)]
-        try:
-            done = subprocess.run(
-                ["apt-get", "-q", *options, *arguments],
-                cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=FETCH_WITHIN_S, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            raise UnavailableError(f"apt-get {arguments[0]} did not end within {FETCH_WITHIN_S:g} s") from None
-        if done.returncode != 0:
-            raise UnavailableError(f"apt-get {arguments[0]} failed: {last_words(done.stderr or done.stdout)}")
+        command = ["apt-get", "-q", "-c", str(self.folder / "settings"), *options, *arguments]
+        run_tool(f"apt-get {arguments[0]}", command, FETCH_WITHIN_S, cwd)
 
 
 def unpack(debs: Iterable[Path], root: Path) -> None:
-    """Lay the files of packages out under `root`, /bin, /lib and /sbin merged into /usr; nothing is configured."""
+    """Lay the files of packages out under `root`, /bin, /lib and /sbin merged into /usr; nothing is configured.
+
+    Raises UnavailableError for a package that is damaged, or would write through another's link to outside of `root`.
+    """
     for name in ("bin", "lib", "sbin"):
         (root / "usr" / name).mkdir(parents=True, exist_ok=True)
         if not (root / name).is_symlink():
             (root / name).symlink_to(f"usr/{name}")
     excluded = [f"--exclude=./usr/share/{name}" for name in LEFT_OUT]
     for deb in debs:
-        _extract(deb, ["-C", str(root), "--keep-directory-symlink", "--no-same-owner", *excluded])
+        _check_places(deb, root)
+        _tar(deb, ["-x", "-C", str(root), "--keep-directory-symlink", "--no-same-owner", *excluded])
 
 
 def unpack_file(deb: Path, member: str, into: Path) -> Path:
     """One file of a package; `member` as "./usr/bin/…". Raises UnavailableError where it is not a plain file there."""
     into.mkdir(parents=True, exist_ok=True)
-    _extract(deb, ["-C", str(into), "--no-same-owner", member])
-    if not (into / member).is_file():
-        raise UnavailableError(f"{deb.name} holds no file {member}")
+    _tar(deb, ["-x", "-C", str(into), "--no-same-owner", member])
+    if not (into / member).is_file() or (into / member).is_symlink():
+        raise UnavailableError(f"{deb.name} holds no plain file {member}")
     return into / member
 
 
-def _extract(deb: Path, arguments: Sequence[str]) -> None:
+def _check_places(deb: Path, root: Path) -> None:
+    """tar itself keeps to the root, and to the links of the package that it reads: not to those of one before."""
+    inside = os.path.realpath(root)
+    for folder in {os.path.dirname(name) for name in _tar(deb, ["-t", "--quoting-style=literal"]).splitlines()}:
+        place = os.path.realpath(os.path.join(inside, folder.lstrip("/")))
+        if place != inside and not place.startswith(inside + os.sep):
+            raise UnavailableError(f"{deb.name} would write into {place}, by way of {folder}: it is not unpacked")
+
+
+def _tar(deb: Path, arguments: Sequence[str]) -> str:
     with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as reading:
         done = subprocess.run(
-            ["tar", "-x", *arguments], stdin=reading.stdout, capture_output=True, text=True, check=False
-        )
+            ["tar", *arguments], stdin=reading.stdout, capture_output=True, text=True, errors="surrogateescape",
+            check=False,
+        )  # fmt: skip
     if done.returncode != 0 or reading.returncode not in (0, -13):
         raise UnavailableError(f"{deb.name} cannot be unpacked: {last_words(done.stderr)}")
-
-
-def last_words(text: str) -> str:
-    """The last lines of a program that say something, as one line."""
-    lines = list(_telling(text))
-    return " / ".join(lines[-3:]) or "it said nothing"
-
-
-def _telling(text: str) -> Iterator[str]:
-    for line in text.splitlines():
-        if line.strip() and not line.startswith(("N: ", "Reading ", "Building ", "Get:", "Hit:")):
-            yield line.strip()
+    return done.stdout

@@ -1,13 +1,10 @@
 """The shared root of all emulated boards: QEMU, an aarch64 Python, and the agent's aarch64 wheels, in a cache.
 
 Fetched and unpacked natively, so that nothing of it runs under emulation but one import at the end, which proves it.
-Made once for a recipe, beside, and renamed into place: a half-made one is never seen, and two makers wait in line.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -15,24 +12,24 @@ import platform
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
-from bmoe.protocol.errors import ConfigError, UnavailableError
+from bmoe.protocol.errors import ConfigError
 from coordinator.emulate import apt
+from coordinator.emulate.cache import Say, kept
+from coordinator.emulate.tools import run_tool
 
-FORMAT = 1
-CACHE = "BMOE_EMULATE_CACHE"
+FORMAT = 2
 PLATFORMS = (*(f"manylinux_2_{minor}_aarch64" for minor in (34, 31, 28, 27, 17)), "manylinux2014_aarch64")
 DEBS = ("python{0}-minimal", "libpython{0}-stdlib", "libstdc++6")
 PIP_WITHIN_S = 900.0
-PROOF_WITHIN_S = 120.0
+PROOF_WITHIN_S = 300.0  # where no Python of its version has compiled it, it compiles under emulation
 PROOF = "import cbor2, cryptography.x509, numpy, onnxruntime, paho.mqtt.client, pydantic_settings, sqlite3, ssl"
-Say = Callable[[str], None]
+HOSTS = {"x86_64": "amd64", "aarch64": "arm64"}  # as the kernel and as Debian name them
 
 
 @dataclass(frozen=True)
@@ -80,11 +77,12 @@ class Recipe:
     release: str
     suite: Suite
     requirements: tuple[str, ...]
+    host: str
 
     @property
     def folder(self) -> str:
         """The root's name in the cache."""
-        said = json.dumps([FORMAT, self.release, vars(self.suite), PLATFORMS, DEBS, self.requirements])
+        said = json.dumps([FORMAT, self.release, vars(self.suite), PLATFORMS, DEBS, self.requirements, self.host])
         return f"root-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
 
 
@@ -93,11 +91,14 @@ def recipe() -> Recipe:
     release = apt.codename(apt.OS_RELEASE.read_text() if apt.OS_RELEASE.exists() else "")
     if release not in SUITES:
         raise ConfigError(f"emulation knows the packages of Debian {' and '.join(SUITES)}, not of {release}")
+    host = HOSTS.get(platform.machine())
+    if host is None:
+        raise ConfigError(f"emulation runs on {' and '.join(HOSTS)}, this machine is {platform.machine()}")
     try:
         declared = requires("bmoe") or []
     except PackageNotFoundError:
         raise ConfigError("bmoe itself is not installed here, so what its agent needs is not known") from None
-    return Recipe(release, SUITES[release], agent_requirements(declared))
+    return Recipe(release, SUITES[release], agent_requirements(declared), host)
 
 
 def agent_requirements(declared: list[str]) -> tuple[str, ...]:
@@ -110,72 +111,37 @@ def agent_requirements(declared: list[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def cache_folder() -> Path:
-    """Where roots are kept: BMOE_EMULATE_CACHE, or ~/.cache/bmoe/emulate."""
-    given = os.environ.get(CACHE)
-    if given:
-        return Path(given).resolve()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bmoe" / "emulate"
+def foreign_wheels(python: str) -> list[str]:
+    """pip's options for the wheels of a board with that Python, as "3.11", and nothing else."""
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    return ["--only-binary=:all:", "--implementation", "cp", "--python-version", python, *platforms]
 
 
 def sysroot(say: Say = lambda line: None) -> Sysroot:
     """The root of this machine's recipe, made if it is not there. Raises ConfigError, UnavailableError."""
-    wanted, cache = recipe(), cache_folder()
-    folder = cache / wanted.folder
-    if folder.is_dir():
-        return Sysroot(folder, wanted.suite.python)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache / "lock", say):
-            if not folder.is_dir():
-                _make(wanted, folder, say)
-    except OSError as error:
-        raise UnavailableError(f"the cache {cache} cannot be written: {error.strerror}") from error
-    return Sysroot(folder, wanted.suite.python)
+    wanted = recipe()
+    return Sysroot(kept(wanted.folder, partial(_make, wanted, say), say), wanted.suite.python)
 
 
-@contextlib.contextmanager
-def _alone(path: Path, say: Say) -> Iterator[None]:
-    """Hold the cache; the kernel frees it at any death."""
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say("another process is making the root of emulated boards: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for abandoned in path.parent.glob(".making-*"):  # whoever made them is dead, or held the lock
-            shutil.rmtree(abandoned, ignore_errors=True)
-        yield
-
-
-def _make(wanted: Recipe, folder: Path, say: Say) -> None:
-    making = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+def _make(wanted: Recipe, say: Say, making: Path) -> None:
     started = time.monotonic()
-    try:
-        made = Sysroot(making, wanted.suite.python)
-        for step, what in (
-            (_fetch_debian, "packages of Debian unpacked"),
-            (_fetch_wheels, "aarch64 wheels unpacked"),
-            (_compile, "bytecode compiled"),
-            (_prove, "the emulated Python imports them all"),
-        ):
-            step(wanted, made)
-            say(f"root of emulated boards: {what} ({time.monotonic() - started:.0f} s)")
-        os.rename(making, folder)
-    except BaseException:
-        shutil.rmtree(making, ignore_errors=True)
-        raise
+    made = Sysroot(making, wanted.suite.python)
+    for step, what in (
+        (_fetch_debian, "packages of Debian unpacked"),
+        (_fetch_wheels, "aarch64 wheels unpacked"),
+        (_compile, "bytecode compiled"),
+        (_prove, "the emulated Python imports them all"),
+    ):
+        step(wanted, made)
+        say(f"root of emulated boards: {what} ({time.monotonic() - started:.0f} s)")
 
 
 def _fetch_debian(wanted: Recipe, made: Sysroot) -> None:
     private = made.folder / "apt"
     sources = apt.machine_sources(wanted.release)
-    host = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine())
-    if host is None:
-        raise ConfigError(f"emulation runs on x86_64 and aarch64, this machine is {platform.machine()}")
-    archive = apt.Archive(private, sources, tuple(dict.fromkeys(("arm64", host))))
+    archive = apt.Archive(private, sources, tuple(dict.fromkeys(("arm64", wanted.host))))
     archive.update()
-    package = archive.fetch_one(f"{wanted.suite.qemu_package}:{host}", private / "host")
+    package = archive.fetch_one(f"{wanted.suite.qemu_package}:{wanted.host}", private / "host")
     os.rename(apt.unpack_file(package, wanted.suite.qemu_file, private / "host"), made.qemu)
     apt.unpack(archive.fetch([name.format(wanted.suite.python) for name in DEBS]), made.root)
     shutil.rmtree(private)
@@ -184,15 +150,9 @@ def _fetch_debian(wanted: Recipe, made: Sysroot) -> None:
 def _fetch_wheels(wanted: Recipe, made: Sysroot) -> None:
     command = [
         sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile",
-        "--only-binary=:all:", "--implementation", "cp", "--python-version", wanted.suite.python,
-        *(word for name in PLATFORMS for word in ("--platform", name)), "--target", str(made.site), *wanted.requirements,
+        *foreign_wheels(wanted.suite.python), "--target", str(made.site), *wanted.requirements,
     ]  # fmt: skip
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_WITHIN_S, check=False)
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"pip did not fetch the aarch64 wheels within {PIP_WITHIN_S:g} s") from None
-    if done.returncode != 0:
-        raise UnavailableError(f"pip cannot fetch the aarch64 wheels: {apt.last_words(done.stderr)}")
+    run_tool("pip, which fetches the aarch64 wheels,", command, PIP_WITHIN_S)
     for tests in [path for path in made.site.rglob("tests") if path.is_dir()]:
         shutil.rmtree(tests)  # thousands of files that no board has a use for
 
@@ -219,14 +179,5 @@ def _prove(wanted: Recipe, made: Sysroot) -> None:
     from coordinator.emulate.board import lay_out
 
     board = lay_out(load_board("rpi4"), made, made.folder / "proof", code=made.site)
-    try:
-        done = subprocess.run(
-            [str(board.python), "-c", PROOF], capture_output=True, text=True, timeout=PROOF_WITHIN_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"the emulated Python did not start within {PROOF_WITHIN_S:g} s") from None
-    if done.returncode != 0:
-        raise UnavailableError(
-            f"the emulated Python does not run (status {done.returncode}): {apt.last_words(done.stderr)}"
-        )
+    run_tool("the emulated Python", [str(board.python), "-c", PROOF], PROOF_WITHIN_S)
     shutil.rmtree(board.folder)

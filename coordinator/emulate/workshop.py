@@ -7,7 +7,8 @@ from pathlib import Path
 
 from coordinator.boards import load_board
 from coordinator.emulate.board import EmulatedBoard, copy_agent, lay_out
-from coordinator.emulate.sysroot import Say, sysroot
+from coordinator.emulate.cache import Say
+from coordinator.emulate.sysroot import sysroot
 
 
 class Workshop:

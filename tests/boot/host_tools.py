@@ -5,32 +5,33 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 
 from bmoe.protocol.errors import ConfigError
 from coordinator.emulate import apt
-from coordinator.emulate.sysroot import cache_folder
+from coordinator.emulate.cache import cache_folder, kept
+from coordinator.emulate.tools import last_words, run_tool
 
 PROGRAMS = {
     "qemu-system-aarch64": "qemu-system-arm",
     "mcopy": "mtools",
+    "mdir": "mtools",
     "mkfs.vfat": "dosfstools",
     "mkfs.ext4": "e2fsprogs",
     "fakeroot": "fakeroot",
 }
 SBIN = ("/usr/sbin", "/sbin")
 STATUS = Path("/var/lib/dpkg/status")
+FOLDER = "host-tools"
 
 
 class HostTools:
     """Finds each program, having fetched those that are not installed."""
 
     def __init__(self) -> None:
-        self.folder = cache_folder() / "host-tools"
-        missing = [program for program in PROGRAMS if not self._find(program)]
-        if missing:
-            self._fetch([PROGRAMS[program] for program in missing])
+        self.folder = cache_folder() / FOLDER
+        if not all(map(self._find, PROGRAMS)):
+            kept(FOLDER, _fetch, print)
         lost = [program for program in PROGRAMS if not self._find(program)]
         if lost:
             raise ConfigError(f"the boot test needs {', '.join(lost)}; fetched into {self.folder}, they are not there")
@@ -44,7 +45,17 @@ class HostTools:
     def environment(self) -> dict[str, str]:
         """With which fetched programs find their libraries."""
         libraries = sorted({str(path.parent) for path in self.folder.glob("usr/lib/*/lib*.so.*")})
-        return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(libraries), "MTOOLS_SKIP_CHECK": "1"}
+        given = os.environ.get("LD_LIBRARY_PATH")  # fakeroot's own, where this runs under it
+        joined = os.pathsep.join([*libraries, *([given] if given else [])])
+        return {**os.environ, "LD_LIBRARY_PATH": joined, "MTOOLS_SKIP_CHECK": "1"}
+
+    def fakeroot(self) -> list[str]:
+        """fakeroot, as what stands before a command. Where it lies is told it: unpacked, it looks in the wrong place."""
+        for place in (self.folder, Path("/")):
+            for library in place.glob("usr/lib/*/libfakeroot/libfakeroot-sysv.so"):
+                faked = place / "usr" / "bin" / "faked-sysv"
+                return [self.path("fakeroot"), "--lib", str(library), "--faked", str(faked), "--"]
+        raise ConfigError("fakeroot has no library libfakeroot-sysv.so here")
 
     def run(self, *command: object) -> str:
         """Run a program of ours to its end; what it said."""
@@ -58,7 +69,7 @@ class HostTools:
             check=False,
         )
         if done.returncode != 0:
-            raise ConfigError(f"{words[0]} failed: {apt.last_words(done.stderr or done.stdout)}")
+            raise ConfigError(f"{words[0]} failed: {last_words(done.stderr or done.stdout)}")
         return done.stdout
 
     def data(self, name: str) -> str:
@@ -73,17 +84,12 @@ class HostTools:
         found = next((str(path) for path in ours if path.exists()), None)
         return found or shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *SBIN]))
 
-    def _fetch(self, packages: Sequence[str]) -> None:
-        making = self.folder.with_name(".making-host-tools")
-        shutil.rmtree(making, ignore_errors=True)
-        making.mkdir(parents=True)
-        release = apt.codename(apt.OS_RELEASE.read_text())
-        architecture = subprocess.run(
-            ["dpkg", "--print-architecture"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        archive = apt.Archive(making / "apt", apt.machine_sources(release), (architecture,), STATUS)
-        archive.update()
-        apt.unpack(archive.fetch(packages), making)
-        shutil.rmtree(making / "apt")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.rename(making, self.folder)
+
+def _fetch(folder: Path) -> None:
+    """All of them: what is installed meanwhile or no more is then no matter."""
+    release = apt.codename(apt.OS_RELEASE.read_text())
+    architecture = run_tool("dpkg", ["dpkg", "--print-architecture"], 30).strip()
+    archive = apt.Archive(folder / "apt", apt.machine_sources(release), (architecture,), STATUS)
+    archive.update()
+    apt.unpack(archive.fetch(sorted(set(PROGRAMS.values()))), folder)
+    shutil.rmtree(folder / "apt")

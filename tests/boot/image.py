@@ -1,4 +1,4 @@
-"""The raw image of a vendor: an MBR, a FAT boot partition, an ext4 root; made under fakeroot by `python image.py FOLDER`."""
+"""Raw images as vendors publish them: an MBR, a FAT boot partition, an ext4 root; made under fakeroot by this as a script."""
 
 from __future__ import annotations
 
@@ -11,43 +11,57 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from debian import BOOT_LABEL, make_root
+from debian import LAYOUTS, Layout, configure, make_root
 from host_tools import HostTools
 
-from coordinator.emulate.sysroot import cache_folder
+from coordinator.emulate.cache import kept
 
 MIB = 1 << 20
 START_MB, BOOT_MB, ROOT_MB = 4, 320, 1400
+WITHIN_S = 900
 
 
-def make_image() -> Path:
-    """debian.img, with vmlinuz and initrd beside it to boot it; made once for each state of these scripts, in the cache."""
+def make_images() -> Path:
+    """A folder with NAME.img of each layout, vmlinuz and initrd to boot them; made once for each state of these scripts."""
     scripts = b"".join(Path(__file__).with_name(name).read_bytes() for name in ("image.py", "debian.py", "probe.py"))
-    folder = cache_folder() / f"boot-image-{hashlib.sha256(scripts).hexdigest()[:16]}"
-    image = folder / "debian.img"
-    if not image.exists():
-        tools = HostTools()
-        command = [sys.executable, str(Path(__file__).resolve()), str(folder)]
-        if os.geteuid() != 0:  # owners of files are then those of the image, not ours
-            command = [tools.path("fakeroot"), *command]
-        subprocess.run(command, check=True, timeout=900, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
-    return image
+    tools = HostTools()
+
+    def make(folder: Path) -> None:
+        # Owners of files are those of the image, whoever we are.
+        command = [*tools.fakeroot(), sys.executable, str(Path(__file__).resolve()), str(folder)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        subprocess.run(command, check=True, timeout=WITHIN_S, env=environment)
+
+    return kept(f"boot-images-{hashlib.sha256(scripts).hexdigest()[:16]}", make, print)
 
 
 def main(folder: Path) -> int:
-    """Make it."""
-    tools, work = HostTools(), folder / ".making"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    root, kernel, initrd = make_root(work)
-    boot, system, image = work / "boot.fat", work / "root.ext4", work / "debian.img"
+    """Make them."""
+    tools, work = HostTools(), folder / "work"
+    work.mkdir()
+    base, kernel, initrd = make_root(work)
+    for layout in LAYOUTS:
+        _make_image(layout, tools, work, folder, (base, kernel, initrd))
+    for made, name in ((kernel, "vmlinuz"), (initrd, "initrd")):
+        os.replace(made, folder / name)
+    shutil.rmtree(work)
+    return 0
+
+
+def _make_image(layout: Layout, tools: HostTools, work: Path, folder: Path, parts: tuple[Path, Path, Path]) -> None:
+    base, kernel, initrd = parts
+    root, boot, system = (work / f"{layout.name}.{kind}" for kind in ("root", "fat", "ext4"))
+    configure(base, layout, root)
     with boot.open("wb") as file:
         file.truncate(BOOT_MB * MIB)
-    tools.run("mkfs.vfat", "-F", "32", "-n", BOOT_LABEL, boot)
-    tools.run("mcopy", "-i", boot, kernel, "::vmlinuz")
-    tools.run("mcopy", "-i", boot, initrd, "::initrd")
+    tools.run("mkfs.vfat", "-F", "32", "-n", layout.label, boot)
+    for name, text in layout.boot.items():
+        (work / name).write_text(text)
+    for path, name in ((kernel, layout.kernel), (initrd, layout.initrd), *((work / n, n) for n in layout.boot)):
+        tools.run("mcopy", "-i", boot, path, f"::{name}")
     options = "lazy_itable_init=0,lazy_journal_init=0"
     tools.run("mkfs.ext4", "-q", "-F", "-L", "rootfs", "-E", options, "-d", root, system, f"{ROOT_MB}M")
+    image = folder / f"{layout.name}.img"
     with image.open("wb") as file:
         file.write(partition_table())
         file.truncate((START_MB + BOOT_MB + ROOT_MB) * MIB)
@@ -55,10 +69,7 @@ def main(folder: Path) -> int:
         subprocess.run(
             ["dd", f"if={part}", f"of={image}", "bs=1M", f"seek={at}", "conv=notrunc,sparse", "status=none"], check=True
         )
-    for made, name in ((kernel, "vmlinuz"), (initrd, "initrd"), (image, "debian.img")):
-        os.replace(made, folder / name)
-    shutil.rmtree(work)
-    return 0
+        part.unlink()
 
 
 def partition_table() -> bytes:

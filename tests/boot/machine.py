@@ -1,4 +1,7 @@
-"""A whole emulated board: QEMU's machine `virt` with an image as its card, its console in a log, and a door for commands."""
+"""A whole emulated board: QEMU's machine `virt` with an image as its card, its console in a log, and a door for commands.
+
+QEMU is the firmware: it hands the kernel the command line that it is given, and ends where the guest would start anew.
+"""
 
 from __future__ import annotations
 
@@ -8,38 +11,47 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from host_tools import HostTools
 
+from coordinator.boards import Board
 from coordinator.embedded import launch
 
 HOST = "10.0.2.2"  # where QEMU's own network has the machine that it runs on, its loopback services included
 UP_WITHIN_S = 600.0
 COMMAND_WITHIN_S = 120.0
+LINE = "console=ttyAMA0 root=/dev/vda2 rw panic=-1 net.ifnames=1 systemd.show_status=1"
+# It counts and never bites: this machine may be too busy for a guest that is well.
+WATCHDOG = ("-device", "i6300esb", "-action", "watchdog=none")
 
 
 class Machine:
-    """One board. `start` is power on, `cut` is the plug pulled: nothing is told to the guest or flushed for it."""
+    """One board. `start` is power on, `cut` is the plug pulled: nothing is told to the guest or flushed for it.
 
-    def __init__(self, image: Path, kernel: Path, initrd: Path, folder: Path, *, cpu: str, memory_mb: int) -> None:
-        self._tools, self.folder = HostTools(), folder
+    `images` holds kernel and initrd; `line` gives the kernel's command line at each power on. A board whose profile has a
+    watchdog gets one.
+    """
+
+    def __init__(self, card: Path, images: Path, folder: Path, profile: Board, line: Callable[[], str] = lambda: LINE):
+        self._tools, self.folder, self._line_of = HostTools(), folder, line
         self.console, self._door = folder / "console.log", folder / "door"
         data = self._tools.data("qemu")
         self._command = [
             self._tools.path("qemu-system-aarch64"), *(["-L", data] if data else []),
-            "-M", "virt", "-cpu", cpu, "-smp", "2", "-m", str(memory_mb), "-accel", "tcg,thread=multi",
+            "-M", "virt", "-cpu", profile.cpu, "-smp", "2", "-m", str(profile.memory_mb), "-accel", "tcg,thread=multi",
             "-nographic", "-nodefaults", "-no-reboot", "-monitor", "none",
-            "-kernel", str(kernel), "-initrd", str(initrd),
-            "-append", "console=ttyAMA0 root=/dev/vda2 rw panic=-1 net.ifnames=1 systemd.show_status=1",
+            "-kernel", str(images / "vmlinuz"), "-initrd", str(images / "initrd"),
             "-serial", f"file:{self.console}",
-            "-drive", f"if=none,file={image},format=raw,id=card,cache=none",
+            "-drive", f"if=none,file={card},format=raw,id=card,cache=none",
             "-device", "virtio-blk-pci,drive=card,romfile=",
             "-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net,romfile=",
             "-device", "virtio-rng-pci,romfile=",
             "-device", "virtio-serial-pci,romfile=",
             "-chardev", f"socket,id=door,path={self._door},server=on,wait=off",
             "-device", "virtserialport,chardev=door,name=test.probe",
+            *(WATCHDOG if profile.watchdog else ()),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._wire: socket.socket | None = None
@@ -48,9 +60,11 @@ class Machine:
     def start(self) -> None:
         """Power on; returns at once."""
         self._door.unlink(missing_ok=True)
+        self.console.unlink(missing_ok=True)
+        command = [*self._command, "-append", self._line_of()]
         with (self.folder / "qemu.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), *self._command],
+                [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), *command],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=self._tools.environment(), start_new_session=True,
             )  # fmt: skip
 
@@ -58,6 +72,30 @@ class Machine:
         """Pull the plug."""
         assert self._process is not None
         self._process.kill()
+        self._over()
+
+    def restarts(self, within_s: float) -> float:
+        """Wait until the guest restarts by itself, which ends QEMU here; seconds since the call."""
+        assert self._process is not None
+        started = time.monotonic()
+        try:
+            status = self._process.wait(within_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"the guest did not restart within {within_s:g} s\n{self.tail()}") from None
+        assert status == 0 and "reboot: Restarting system" in self.tail(), f"QEMU ended ({status})\n{self.tail()}"
+        self._over()
+        return time.monotonic() - started
+
+    def says(self, text: str, within_s: float) -> float:
+        """Wait for a text on the console; seconds since the call."""
+        started = time.monotonic()
+        while not (self.console.exists() and text in self.console.read_text(errors="replace")):
+            self._still_runs(started, within_s)
+            time.sleep(0.1)
+        return time.monotonic() - started
+
+    def _over(self) -> None:
+        assert self._process is not None
         self._process.wait()
         if self._wire is not None:
             self._wire.close()
@@ -108,7 +146,7 @@ class Machine:
     def _still_runs(self, started: float, within_s: float) -> None:
         assert self._process is not None
         assert self._process.poll() is None, f"QEMU has ended: {(self.folder / 'qemu.log').read_text()}"
-        assert time.monotonic() - started < within_s, f"the guest did not come up\n{self.tail()}"
+        assert time.monotonic() - started < within_s, f"not within {within_s:g} s\n{self.tail()}"
 
     def tail(self) -> str:
         """The last words of the console."""

@@ -7,81 +7,30 @@ from the card's wheels, enrolment at a gateway of this machine, tasks, a power c
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shlex
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from image import BOOT_MB, MIB, START_MB, make_image
-from machine import HOST, Machine
+from deployment import GATEWAY_SETTINGS, ROOT, Deployment, card_of, flash_target, run_line
+from ledger_check import check_ledger
+from machine import Machine
 
-from bmoe.client import Answer, Client
+from bmoe.client import Answer
 from bmoe.protocol.errors import BmoeError
 from coordinator.boards import load_board
-from coordinator.embedded.ports import read_ports
-from coordinator.emulate.fleet import COMMANDS, Fleet
-from coordinator.emulate.sysroot import PLATFORMS, recipe
+from coordinator.emulate.fleet import Fleet
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
-from ledger_check import check_ledger
-
-ROOT = Path(__file__).resolve().parents[2]
 BOARD, NAME = "generic-aarch64", "kitchen-pi"
 JOINS_WITHIN_S = 900.0
 REJOINS_WITHIN_S = 420.0
-WINDOWS = np.random.default_rng(5).standard_normal((4, 6, 100)).astype(np.float32)
 EXPOSURE_MAX = 1.5
 WHOLE = (
     "import sqlite3, sys\n"
     "for name in sys.argv[1:]: print(sqlite3.connect(name).execute('pragma integrity_check').fetchone()[0])"
 )
-
-
-class Deployment:
-    """The gateway, the card, and the board that it is put into."""
-
-    def __init__(self, root: Path, fleet: Fleet, image: Path) -> None:
-        self.root, self.fleet, self.card = root, fleet, root / "card.img"
-        profile = load_board(BOARD)
-        self.token = ""
-        self.board = Machine(
-            self.card, image.with_name("vmlinuz"), image.with_name("initrd"), root, cpu=profile.cpu,
-            memory_mb=profile.memory_mb,
-        )  # fmt: skip
-        self.times: dict[str, float] = {}
-
-    def until_online(self, wanted: bool, within_s: float) -> float:
-        """Wait until the gateway holds the board to be online, or not; seconds it took."""
-        started = time.monotonic()
-        with contextlib.closing(self.fleet.client()) as client:
-            while [row["online"] for row in client.fleet() if row["agent"] == NAME] != [wanted]:
-                took = time.monotonic() - started
-                assert took < within_s, f"{NAME} is not {'online' if wanted else 'offline'}\n{self.board.tail()}"
-                time.sleep(0.5)
-        return time.monotonic() - started
-
-    def ask(self, client: Client, wait: str = "final") -> Answer:
-        return client.infer("wearable", {"window": WINDOWS}, policy="referee", wait=wait)
-
-
-def wheels(folder: Path) -> Path:
-    """For a board without a package index: the aarch64 wheels that an agent needs, and pip's. Our own `bmoe flash` brings."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
-    known = recipe()
-    subprocess.run(
-        [*pip, "download", "--only-binary=:all:", "--implementation", "cp", "--python-version", known.suite.python,
-         *platforms, "--dest", str(folder), "pip", *known.requirements],
-        check=True, timeout=600,
-    )  # fmt: skip
-    return folder
 
 
 def readme_lines() -> list[str]:
@@ -91,23 +40,10 @@ def readme_lines() -> list[str]:
     return [line for block in re.findall(r"```sh\n(.*?)```", section, re.S) for line in block.splitlines() if line]
 
 
-def run_line(line: str, root: Path, replaced: dict[str, str]) -> str:
-    """Run one line of README with what is this place's put for what is the reader's."""
-    for theirs, ours in replaced.items():
-        line = line.replace(theirs, ours)
-    for name, argv in COMMANDS.items():
-        line = re.sub(rf"(^|\$\(|; ){name} ", lambda m, a=argv: f"{m[1]}{a[0]} -c '{a[2]}' ", line)  # type: ignore[misc]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("BMOE_")} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(line, shell=True, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
-def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def deployed(images: Path, wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """README's lines up to the last: gateway, token, card; then power."""
     root = tmp_path_factory.mktemp("deployment")
-    image = make_image()
     lines = readme_lines()
     assert [" ".join(line.split()[:2]) for line in lines] == [
         "bmoe up",
@@ -115,17 +51,13 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
         *["bmoe flash"] * 2,
         "bmoe fleet",
     ]
-    # This machine's network has no address that a board inside QEMU reaches but its loopback, by another name.
-    with Fleet(root / "fleet", settings={"BMOE_PUBLIC_HOSTS": f'["{HOST}"]'}) as fleet:
-        deployment = Deployment(root, fleet, image)
-        port = read_ports(fleet.state)["fleet"]
-        (root / "wheels").mkdir()
-        target = f"--output {deployment.card} --gateway https://{HOST}:{port} --wheels {wheels(root / 'wheels')}"
+    with Fleet(root / "fleet", settings=GATEWAY_SETTINGS) as fleet:
+        deployment = Deployment(root, fleet, NAME, Machine(card_of(root), images, root, load_board(BOARD)))
         replaced = {
             "--state gateway": f"--state {fleet.state}",
             "--board rpi5": f"--board {BOARD}",
-            "raspios-trixie-arm64-lite.img.xz": str(image),
-            "--device /dev/sdX": target,
+            "raspios-trixie-arm64-lite.img.xz": str(images / "debian.img"),
+            "--device /dev/sdX": flash_target(root, fleet, wheels),
         }
         for line in lines[1:-1]:
             print(f"\n$ {line}\n{run_line(line, root, replaced)}")
@@ -143,26 +75,14 @@ def deployed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
 
 def test_a_flashed_board_joins_by_itself_and_answers(deployed: Deployment) -> None:
     """Nobody touched it: it installed from the card, joined, and its signed outputs agree with the referee's."""
+    deployed.answers()
     with contextlib.closing(deployed.fleet.client()) as client:
-        answer = deployed.ask(client)
         (row,) = [row for row in client.fleet() if row["agent"] == NAME]
-    assert answer.assurance == "verified"
-    for verdict in answer.verdicts:
-        assert deployed.fleet.stances(verdict) == {NAME: "agree"}
     assert row["board"] == load_board(BOARD).device_tree.model
 
 
 def test_the_token_is_gone_from_the_card(deployed: Deployment) -> None:
-    """Not in a file of the boot partition, nor in what cloud-init kept, nor in a sector of it that a reader finds."""
-    secret = deployed.token
-    found = deployed.board.run(f"grep -rlF {secret} /boot/firmware /var/lib/cloud /run/cloud-init /var/lib/bmoe-agent")[
-        1
-    ]
-    assert found.strip() == ""
-    deployed.board.check("sync")
-    with deployed.card.open("rb") as card:
-        card.seek(START_MB * MIB)
-        assert secret.encode() not in card.read(BOOT_MB * MIB)
+    deployed.no_token_left()
 
 
 def test_the_unit_is_as_hard_as_claimed(deployed: Deployment) -> None:
@@ -173,9 +93,7 @@ def test_the_unit_is_as_hard_as_claimed(deployed: Deployment) -> None:
 
 
 def test_the_doctor_finds_nothing_wrong(deployed: Deployment) -> None:
-    status, said = deployed.board.run("/opt/bmoe/bin/bmoe-agent doctor --state /var/lib/bmoe-agent")
-    print(f"\n{said}")
-    assert status == 0, said
+    deployed.doctor()
 
 
 async def test_after_a_power_cut_it_is_back_and_nothing_acknowledged_is_lost(deployed: Deployment) -> None:

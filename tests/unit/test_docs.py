@@ -17,7 +17,7 @@ from bmoe.protocol.messages import MESSAGES, Refusal, open_message
 from bmoe.protocol.topics import DOWN, UP
 from coordinator.cli.commands import app
 from coordinator.config import GatewaySettings
-from coordinator.emulate.sysroot import CACHE
+from coordinator.emulate.cache import CACHE
 from coordinator.state_layout import StateLayout
 from edge_agent.cli import _parser as agent_parser
 

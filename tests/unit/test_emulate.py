@@ -17,9 +17,10 @@ from coordinator.boards import boards, load_board
 from coordinator.emulate import apt
 from coordinator.emulate.apt import Source, codename, deb822_sources, machine_sources, one_line_sources
 from coordinator.emulate.board import copy_agent, lay_out
+from coordinator.emulate.cache import CACHE, kept
 from coordinator.emulate.drift import compare
 from coordinator.emulate.identity import identity_files
-from coordinator.emulate.sysroot import CACHE, Sysroot, agent_requirements, recipe, sysroot
+from coordinator.emulate.sysroot import Sysroot, agent_requirements, recipe, sysroot
 
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 DEB822 = f"""# a comment
