@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from bmoe.protocol.errors import InferenceError
+from bmoe.protocol.errors import InferenceError, InputError
 from coordinator.cli.tables import out
 
 if TYPE_CHECKING:
@@ -29,9 +29,17 @@ def emulate(
     Exit status 0 where every board gives, within the manifest's tolerances, what this machine gives, and agreed in
     the fleet's vote; else 1. Speed is not measured: an emulated board is far slower than a real one.
     """
-    from coordinator.emulate.trial_run import measure, serve
+    from bmoe.storage.manifest import load_model
+    from coordinator.emulate.board import emulated_profile
+    from coordinator.emulate.trial_run import inputs_for, measure, serve
     from coordinator.emulate.workshop import Workshop
 
+    # Before anything is fetched: what cannot be tried at all.
+    if keep is not None and keep.exists():
+        raise InputError(f"--keep wants a new folder, and {keep} is there")
+    for name in board:
+        emulated_profile(name)
+    inputs_for(model, load_model(model), inputs)
     with tempfile.TemporaryDirectory(prefix="bmoe-emulate-") as temporary:
         folder = keep or Path(temporary)
         workshop = Workshop(folder / "boards", typer.echo)

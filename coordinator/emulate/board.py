@@ -21,7 +21,7 @@ import numpy as np
 
 from bmoe.inference.runner import PACKAGE_ROOT
 from bmoe.protocol.errors import ConfigError
-from coordinator.boards import Board
+from coordinator.boards import Board, load_board
 from coordinator.emulate.compute import Arrays, compute
 from coordinator.emulate.identity import identity_files
 from coordinator.emulate.sysroot import Sysroot
@@ -30,8 +30,8 @@ OURS = ("bmoe", "edge_agent")
 LINKS = ("bin", "lib", "sbin", "usr")
 # Settings of this machine's own programs; those for its processor would be wrong for another.
 NOT_HANDED_ON = (
-    "LD_LIBRARY_PATH", "LD_PRELOAD", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONSTARTUP",
-    "PYTHONDONTWRITEBYTECODE",
+    "LD_LIBRARY_PATH", "LD_PRELOAD", "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE",
+    "PYTHONPLATLIBDIR", "PYTHONSTARTUP", "PYTHONUSERBASE",
 )  # fmt: skip
 
 
@@ -62,10 +62,16 @@ class EmulatedBoard:
         return compute(str(self.python), [(Path(file), inputs)])[0]
 
 
-def lay_out(profile: Board, shared: Sysroot, folder: Path, *, code: Path) -> EmulatedBoard:
-    """Make the board's folder; it imports us from `code`. Raises ConfigError for a board that QEMU cannot be."""
+def emulated_profile(name: str) -> Board:
+    """The profile of that name. Raises UnknownError where there is none, ConfigError for a board that QEMU cannot be."""
+    profile = load_board(name)
     if profile.arch != "aarch64" or not profile.cpu:
         raise ConfigError(f"{profile.name} cannot be emulated: its profile names no aarch64 processor of QEMU")
+    return profile
+
+
+def lay_out(profile: Board, shared: Sysroot, folder: Path, *, code: Path) -> EmulatedBoard:
+    """Make the board's folder; it imports us from `code`."""
     prefix = folder / "prefix"
     prefix.mkdir(parents=True)
     for name in LINKS:
@@ -97,7 +103,8 @@ def _script(board: EmulatedBoard, shared: Sysroot, prefix: Path, code: Path) -> 
         "#!/bin/sh\n"
         f"# The Python of an emulated {board.profile.title}.\n"
         f"unset {' '.join(NOT_HANDED_ON)}\n"
-        f"export PYTHONHOME={q(str(shared.root / 'usr'))} PYTHONPATH={q(paths)}\n"
+        # This user's own packages are for this machine, though their folder is named for the same Python.
+        f"export PYTHONHOME={q(str(shared.root / 'usr'))} PYTHONPATH={q(paths)} PYTHONNOUSERSITE=1\n"
         f"exec {q(str(shared.qemu))} -cpu {q(board.profile.cpu)} -L {q(str(prefix))} -0 {q(str(board.python))} "
         f'{q(str(program))} "$@"\n'
     )

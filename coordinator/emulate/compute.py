@@ -12,8 +12,8 @@ import numpy as np
 
 from bmoe.inference.runner import ExpertFile, Runner
 from coordinator.models import trial
+from coordinator.models.trial import Arrays
 
-Arrays = dict[str, np.ndarray]
 MEMORY_MB = 4096
 RUN_WITHIN_S = 600.0
 

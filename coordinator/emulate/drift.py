@@ -13,7 +13,8 @@ class Drift:
     """One output on a board against the same on this machine.
 
     `max_abs`: the largest |x - y|, infinite where shapes or dtypes differ or one side is not finite; `of_range`: the
-    same over the range of this machine's values; `argmax`: the share of rows whose largest value is at the same place.
+    same over the range of this machine's values, 0 included; `argmax`: the share of rows whose largest value is at the
+    same place.
     """
 
     output: str
@@ -37,6 +38,6 @@ def _compare(name: str, x: np.ndarray, y: np.ndarray) -> Drift:
     gap = 0.0 if equal else gap
     spread = float(a.max(initial=0.0) - a.min(initial=0.0)) or 1.0
     agree = 1.0
-    if x.ndim > 1 and x.shape[-1] > 1:
+    if x.ndim > 1 and x.shape[-1] > 1 and x.size:
         agree = float((a.argmax(axis=-1) == b.argmax(axis=-1)).mean())
-    return Drift(name, equal, gap, gap / spread, agree)
+    return Drift(name, equal, gap, gap / spread if 0.0 < gap < float("inf") else gap, agree)

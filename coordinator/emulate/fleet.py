@@ -1,6 +1,7 @@
 """A throwaway fleet: a gateway of its own, agents of this machine and of emulated boards, all children of this process.
 
-Everything lies under one folder: state/ (the gateway's), NAME/ (an agent's), NAME.log. Nothing outlives this process.
+Everything lies under one folder: state/ (the gateway's), NAME/ (an agent's), NAME.log, models/ (copies that were given a
+manifest). Nothing outlives this process, and an agent not the thread that added it: processes of Linux die with theirs.
 
     with Fleet(folder, models=["my-model"]) as fleet:
         fleet.add("native")
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,8 @@ from coordinator.embedded import launch
 from coordinator.emulate.board import EmulatedBoard
 from coordinator.state_layout import StateLayout
 
-GATEWAY = "gateway"
+GATEWAY, STATE, MODELS = "gateway", "state", "models"
+TAKEN = (GATEWAY, STATE, MODELS)  # names of files and folders that are no agent's
 UP_WITHIN_S = 90.0
 JOIN_WITHIN_S = 120.0
 ONLINE_WITHIN_S = 180.0
@@ -62,11 +65,13 @@ class Fleet:
     def __init__(
         self, folder: Path, models: Sequence[str | Path] = (), settings: Mapping[str, str] | None = None
     ) -> None:
-        self.folder, self.state = folder, folder / "state"
+        self.folder = Path(folder).resolve()  # its processes run in it
+        self.state = self.folder / STATE
         self.models = [str(Path(model).resolve()) if Path(model).is_dir() else str(model) for model in models]
         self.settings = {**PATIENT, **(settings or {})}
         self.agents: dict[str, tuple[str, ...]] = {}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._clients: list[Client] = []
 
     def __enter__(self) -> Fleet:
         self.start()
@@ -98,9 +103,15 @@ class Fleet:
                 except subprocess.TimeoutExpired:
                     child.kill()
                     child.wait()
+        for client in self._clients:
+            client.close()
 
     def client(self) -> Client:
-        """A new client of the gateway."""
+        """A new client of the gateway, closed with the fleet at the latest."""
+        self._clients.append(self._client())
+        return self._clients[-1]
+
+    def _client(self) -> Client:
         return Client(api_url(self.state), timeout_s=300.0)
 
     def add(self, name: str, board: EmulatedBoard | None = None, *, owner: str = "") -> None:
@@ -108,16 +119,22 @@ class Fleet:
         self.add_all({name: board}, owner=owner)
 
     def add_all(self, agents: Mapping[str, EmulatedBoard | None], *, owner: str = "") -> None:
-        """Join and start several, at once: each of an owner of its own where none is named."""
-        for name, board in agents.items():
-            command = board.agent if board else COMMANDS["bmoe-agent"]
+        """Join and start several, at once: each of an owner of its own where none is named.
+
+        Raises ConfigError for a name that is taken, and what the gateway says of one that is none.
+        """
+        for name in agents:
+            if name in TAKEN or name in self.agents:
+                raise ConfigError(f"the name {name!r} is taken in this fleet: give the agent another")
+        commands = {name: board.agent if board else COMMANDS["bmoe-agent"] for name, board in agents.items()}
+        for name, command in commands.items():
             body = {"name": name, "owner": owner or f"owner-of-{name}", "batch": "emulated", "ttl_s": 3600}
             token = Admin(self.state).call("POST", "/v1/admin/tokens", body)["token"]
-            self.agents[name] = (*command, "run", "--state", str(self.folder / name))
             self._spawn(_joining(name), (*command, "join", token, "--state", str(self.folder / name)), name)
         deadline = time.monotonic() + JOIN_WITHIN_S
-        for name in agents:
+        for name, command in commands.items():
             self._joined(name, deadline)
+            self.agents[name] = (*command, "run", "--state", str(self.folder / name))
             self.run(name)
 
     def _joined(self, name: str, deadline: float) -> None:
@@ -142,7 +159,7 @@ class Fleet:
 
     def offline(self, name: str, within_s: float = ONLINE_WITHIN_S) -> None:
         """Wait until the gateway holds an agent to be offline."""
-        with contextlib.closing(self.client()) as client:
+        with contextlib.closing(self._client()) as client:
             self._until(
                 lambda: any(row["agent"] == name and not row["online"] for row in client.fleet()),
                 within_s,
@@ -151,7 +168,7 @@ class Fleet:
 
     def online(self, within_s: float = ONLINE_WITHIN_S) -> list[dict[str, Any]]:
         """Wait until every agent added is online; the gateway's row of each."""
-        with contextlib.closing(self.client()) as client:
+        with contextlib.closing(self._client()) as client:
             rows: dict[str, dict[str, Any]] = {}
 
             def all_there() -> bool:
@@ -165,8 +182,11 @@ class Fleet:
         """Have the model in a folder served; its name. Without a manifest one is made, of a copy, for this fleet."""
         from coordinator.models.publish import publish
 
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder: a model lies in one, with its .onnx files")
         if not (folder / MANIFEST_NAME).exists():
-            folder = shutil.copytree(folder, self.folder / "models" / folder.resolve().name)
+            folder = shutil.copytree(folder, self.folder / MODELS / folder.resolve().name, dirs_exist_ok=True)
             draft_manifest(folder)
         return str(publish(self.state, folder, "emulation")["model"])
 
@@ -176,7 +196,7 @@ class Fleet:
 
         Raises ProofError for a receipt that does not hold.
         """
-        with contextlib.closing(self.client()) as client:
+        with contextlib.closing(self._client()) as client:
             receipt = client.verdict_receipt(verdict)
         entry = verify_receipt(receipt, StateLayout(self.state).load_trust()).entry
         assert isinstance(entry, Verdict)
@@ -196,7 +216,7 @@ class Fleet:
 
     def _ready(self) -> bool:
         try:
-            with contextlib.closing(self.client()) as client:
+            with contextlib.closing(self._client()) as client:
                 return client.ready()
         except (ConfigError, UnavailableError):  # no port is known yet, or nobody listens yet
             return False
@@ -234,7 +254,10 @@ def _joining(name: str) -> str:
 
 
 def draft_manifest(folder: Path) -> Model:
-    """Write model.json for the ONNX files of a folder, as `bmoe model init` does. Raises BmoeError."""
+    """Write model.json for the ONNX files of a folder, as `bmoe model init` does. Raises BmoeError.
+
+    In a thread of its own, for a caller whose event loop is running.
+    """
     from coordinator.models.draft import Wishes, draft
     from coordinator.models.trial import Lab
 
@@ -242,4 +265,5 @@ def draft_manifest(folder: Path) -> Model:
         async with Lab() as lab:
             return await draft(folder, Wishes(), lambda line: None, lab)
 
-    return asyncio.run(write())
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, write()).result()

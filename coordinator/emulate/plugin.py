@@ -22,12 +22,18 @@ if TYPE_CHECKING:
     from coordinator.emulate.board import EmulatedBoard
     from coordinator.emulate.fleet import Fleet
 
+NOT_INSTALLED = "{} is not installed; this fixture needs: pip install 'bmoe[gateway]'"
+
 
 @pytest.fixture(scope="session")
 def emulated_board(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedBoard]:
     """`emulated_board("rpi4")`: a board, made once a session. `board.run(file, inputs)` runs an ONNX file on it."""
     from bmoe.protocol.errors import BmoeError
-    from coordinator.emulate.workshop import Workshop
+
+    try:
+        from coordinator.emulate.workshop import Workshop
+    except ModuleNotFoundError as missing:
+        pytest.fail(NOT_INSTALLED.format(missing.name), pytrace=False)
 
     workshop = Workshop(tmp_path_factory.mktemp("boards"))
 
@@ -44,7 +50,11 @@ def emulated_board(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     """A gateway of the test's own, as yet without agents."""
     from bmoe.protocol.errors import BmoeError
-    from coordinator.emulate.fleet import Fleet
+
+    try:
+        from coordinator.emulate.fleet import Fleet
+    except ModuleNotFoundError as missing:
+        pytest.fail(NOT_INSTALLED.format(missing.name), pytrace=False)
 
     running = Fleet(tmp_path / "fleet")
     try:

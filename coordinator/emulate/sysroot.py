@@ -175,9 +175,8 @@ def _compile(wanted: Recipe, made: Sysroot) -> None:
 
 
 def _prove(wanted: Recipe, made: Sysroot) -> None:
-    from coordinator.boards import load_board
-    from coordinator.emulate.board import lay_out
+    from coordinator.emulate.board import emulated_profile, lay_out
 
-    board = lay_out(load_board("rpi4"), made, made.folder / "proof", code=made.site)
+    board = lay_out(emulated_profile("rpi4"), made, made.folder / "proof", code=made.site)
     run_tool("the emulated Python", [str(board.python), "-c", PROOF], PROOF_WITHIN_S)
     shutil.rmtree(board.folder)

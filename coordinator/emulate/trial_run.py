@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +14,12 @@ from bmoe.protocol.errors import InputError
 from bmoe.storage.golden import read_arrays, read_golden
 from bmoe.storage.manifest import Expert, Model, load_model, read_part
 from coordinator.emulate.board import EmulatedBoard
-from coordinator.emulate.compute import compute
+from coordinator.emulate.cache import Say
+from coordinator.emulate.compute import Arrays, compute
 from coordinator.emulate.drift import Drift, compare
 from coordinator.emulate.fleet import Fleet
 
 NATIVE = "this-machine"
-Arrays = dict[str, np.ndarray]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

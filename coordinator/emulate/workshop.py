@@ -5,8 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from coordinator.boards import load_board
-from coordinator.emulate.board import EmulatedBoard, copy_agent, lay_out
+from coordinator.emulate.board import EmulatedBoard, copy_agent, emulated_profile, lay_out
 from coordinator.emulate.cache import Say
 from coordinator.emulate.sysroot import sysroot
 
@@ -15,13 +14,14 @@ class Workshop:
     """Makes each board once. The first may have to wait for the shared root: minutes, where its cache is empty."""
 
     def __init__(self, folder: Path, say: Say = lambda line: None) -> None:
-        self.folder, self._say = folder, say
+        self.folder, self._say = folder.resolve(), say  # a board's programs run in other folders
         self._boards: dict[str, EmulatedBoard] = {}
 
     def board(self, name: str) -> EmulatedBoard:
         """The board of that profile. Raises UnknownError, ConfigError, UnavailableError."""
         if name not in self._boards:
-            profile, shared = load_board(name), sysroot(self._say)
+            profile = emulated_profile(name)
+            shared = sysroot(self._say)
             code = self.folder / "code"
             if not code.is_dir():
                 copy_agent(code, shared)

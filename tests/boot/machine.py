@@ -51,7 +51,7 @@ class Machine:
             "-device", "virtio-serial-pci,romfile=",
             "-chardev", f"socket,id=door,path={self._door},server=on,wait=off",
             "-device", "virtserialport,chardev=door,name=test.probe",
-            *(WATCHDOG if profile.watchdog else ()),
+            *(WATCHDOG if profile.watchdog.device else ()),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
         self._wire: socket.socket | None = None
