@@ -41,7 +41,7 @@ help:
 	@echo "make test-train    train the built-in model anew, briefly (torch)"
 	@echo "make test-wheel    build the wheel and use it in an empty environment"
 	@echo "make test-boards   emulated Raspberry Pi 3, 4 and 5 in a fleet with x86 agents (Debian, no root)"
-	@echo "make test-boot     a flashed image boots as a whole emulated board, joins, answers, outlives a power cut"
+	@echo "make test-boot     flashed images boot as whole emulated boards, join, answer, outlive power cuts"
 	@echo "make drift         measure anew how far boards and x86 are apart, into docs/results/drift.md"
 	@echo "make fuzz          strike every decoder with hostile bytes, guided by coverage, FUZZ_SECONDS (60) each"
 	@echo "make test-flower   releases over Flower: attacks, deaths, outages (minutes)"
@@ -182,7 +182,7 @@ test-wheel: $(VENV)/.ready
 test-boards: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/boards --timeout 600 --durations 5
 
-# A whole board: image, flash, boot, join, power cut. What is not installed of QEMU and the tools of file systems is fetched.
+# Whole boards: images, flash, boot, join, power cuts. What is not installed of QEMU and the tools of file systems is fetched.
 test-boot: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/boot --timeout 1500 --durations 5 -s
 

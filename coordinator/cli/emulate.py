@@ -24,7 +24,7 @@ def emulate(
     ] = None,
     keep: Annotated[Path | None, typer.Option(help="Leave the fleet's state and logs in this new folder.")] = None,
 ) -> None:
-    """Run a model on emulated boards: every file against this machine, then the whole in a throwaway fleet.
+    """Run a model on emulated boards: every file against this machine; where they agree, the whole in a throwaway fleet.
 
     Exit status 0 where every board gives, within the manifest's tolerances, what this machine gives, and agreed in
     the fleet's vote; else 1. Speed is not measured: an emulated board is far slower than a real one.
@@ -40,20 +40,23 @@ def emulate(
     for name in board:
         emulated_profile(name)
     inputs_for(model, load_model(model), inputs)
-    with tempfile.TemporaryDirectory(prefix="bmoe-emulate-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="bmoe-emulate-", ignore_cleanup_errors=True) as temporary:
         folder = keep or Path(temporary)
         workshop = Workshop(folder / "boards", typer.echo)
         boards = [workshop.board(name) for name in dict.fromkeys(board)]
         findings = measure(model, boards, inputs, typer.echo)
+        out.print(_drift_table(findings))
+        _agree([f"{f.board}: {f.part}" for f in findings if not f.agrees])
         served, answer = serve(model, boards, inputs, folder / "fleet", typer.echo)
-    out.print(_drift_table(findings))
     out.print(_fleet_table(served))
     typer.echo(f"the fleet's answer is {answer.stage}, {answer.assurance}")
-    apart = [f"{f.board}: {f.part}" for f in findings if not f.agrees]
-    apart += [f"{s.agent}: in the vote" for s in served if not s.agreed]
+    _agree([f"{s.agent}: in the vote" for s in served if not s.agreed])
+    typer.echo("boards and this machine agree")
+
+
+def _agree(apart: list[str]) -> None:
     if apart:
         raise InferenceError(f"boards and this machine do not agree: {', '.join(dict.fromkeys(apart))}")
-    typer.echo("boards and this machine agree")
 
 
 def _drift_table(findings: list[Finding]) -> Table:

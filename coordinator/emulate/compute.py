@@ -32,7 +32,8 @@ def compute(python: str, jobs: Sequence[tuple[Path, Mapping[str, np.ndarray]]], 
         except BaseException as error:
             faults.append(error)
 
-    thread = threading.Thread(target=work)  # for a caller whose own event loop may be running
+    # For a caller whose own event loop may be running; and whoever interrupts it need not wait for the emulated board.
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join()
     if faults:

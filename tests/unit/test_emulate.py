@@ -9,9 +9,11 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -346,6 +348,29 @@ def test_a_board_gets_the_agent_and_nothing_of_the_gateway(tmp_path: Path) -> No
     copy_agent(tmp_path / "code", Sysroot(tmp_path, "0.0"))
     assert sorted(path.name for path in (tmp_path / "code").iterdir()) == ["bmoe", "edge_agent"]
     assert (tmp_path / "code" / "bmoe" / "inference" / "worker.py").is_file()
+
+
+def test_whoever_interrupts_does_not_wait_for_the_board(tmp_path: Path) -> None:
+    """Ctrl-C while an emulated board computes, which may take it minutes."""
+    slow, began = tmp_path / "python", tmp_path / "began"
+    slow.write_text(f"#!/bin/sh\necho $$ > {began}.half; mv {began}.half {began}\nexec sleep 600\n")
+    slow.chmod(0o755)
+    file = packaged("models", "wearable") / "gate.onnx"
+    call = (
+        "from pathlib import Path; from coordinator.emulate.compute import compute\n"
+        f"compute({str(slow)!r}, [(Path({str(file)!r}), {{}})])"
+    )
+    with subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 20
+        while not began.exists():
+            assert time.monotonic() < deadline and child.poll() is None
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        try:
+            assert "KeyboardInterrupt" in child.communicate(timeout=10)[1]
+        finally:
+            child.kill()
+            os.kill(int(began.read_text()), signal.SIGKILL)
 
 
 def test_drift_is_what_differs() -> None:
