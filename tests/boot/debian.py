@@ -50,13 +50,15 @@ ENABLED = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What differs from vendor to vendor: the boot partition's label, its files, the root's, units, people.
+    """What differs from vendor to vendor: the boot partition's label, how it is mounted, files on it and in the root, units,
+    people.
 
     `kernel` and `initrd` are their names on the boot partition.
     """
 
     name: str
     label: str
+    mounted: str
     kernel: str
     initrd: str
     boot: Mapping[str, str]
@@ -66,7 +68,7 @@ class Layout:
 
 
 DEBIAN = Layout(
-    "debian", "CIDATA", "vmlinuz", "initrd",
+    "debian", "CIDATA", "defaults,nofail", "vmlinuz", "initrd",
     boot={},
     # As Debian's own images for one kind of place have it: where the seed may be, and nothing that has no tools here.
     files={
@@ -87,7 +89,7 @@ DEBIAN = Layout(
 # As Bookworm and the first Trixie image have it, behind their own first stage, which resizes and takes its init= out of
 # the command line: no cloud-init, a first user, and a command line on the card that the firmware hands to the kernel.
 RASPBERRY_PI_OS = Layout(
-    "raspberry-pi-os", "bootfs", "kernel8.img", "initramfs8",
+    "raspberry-pi-os", "bootfs", "defaults", "kernel8.img", "initramfs8",
     boot={
         "cmdline.txt": (
             "console=ttyAMA0 root=/dev/vda2 rootfstype=ext4 fsck.repair=yes rootwait rw panic=-1 systemd.show_status=1\n"
@@ -127,7 +129,7 @@ def configure(base: Path, layout: Layout, root: Path) -> None:
     """A vendor's root, of links to the files of `base`; with what maintainer scripts would have done."""
     shutil.copytree(base, root, symlinks=True, copy_function=os.link)
     _users(root, layout.people)
-    boot = f"LABEL={layout.label} /boot/firmware vfat defaults,nofail 0 2\n"
+    boot = f"LABEL={layout.label} /boot/firmware vfat {layout.mounted} 0 2\n"
     probe = {"usr/local/lib/test-probe.py": PROBE.read_text(encoding="utf-8")}
     fstab = {"etc/fstab": f"LABEL=rootfs / ext4 defaults 0 1\n{boot}"}
     for name, text in {**FILES, **fstab, **probe, **layout.files}.items():

@@ -145,12 +145,10 @@ class Machine:
 
     def _still_runs(self, started: float, within_s: float) -> None:
         assert self._process is not None
-        assert self._process.poll() is None, f"QEMU has ended: {(self.folder / 'qemu.log').read_text()}"
+        assert self._process.poll() is None, f"QEMU has ended\n{self.tail()}"
         assert time.monotonic() - started < within_s, f"not within {within_s:g} s\n{self.tail()}"
 
     def tail(self) -> str:
-        """The last words of the console."""
-        try:
-            return self.console.read_bytes()[-3000:].decode(errors="replace")
-        except OSError:
-            return ""
+        """The last words of QEMU and of the console."""
+        logs = [path.read_bytes()[-3000:] for path in (self.folder / "qemu.log", self.console) if path.exists()]
+        return b"\n".join(logs).decode(errors="replace")

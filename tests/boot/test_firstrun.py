@@ -25,7 +25,10 @@ FIRSTRUN_WITHIN_S = 420.0
 JOINS_WITHIN_S = 900.0
 LINE = RASPBERRY_PI_OS.boot["cmdline.txt"].split()
 SSH_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHV0dGVybHkgd2l0aG91dCBtZWFuaW5n operator@desk"
-WISHES = "--timezone Europe/Berlin --wifi-ssid shed --wifi-password ThisIsAPassword --wifi-country DE --ssh-key key.pub"
+WISHES = (
+    f"--name {NAME} --timezone Europe/Berlin --ssh-key key.pub "
+    "--wifi-ssid shed --wifi-password ThisIsAPassword --wifi-country DE"
+)
 
 
 class Card:
