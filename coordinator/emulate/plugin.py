@@ -12,6 +12,7 @@ Loaded into every pytest run of the environment, it imports nothing of ours unti
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,26 +23,18 @@ if TYPE_CHECKING:
     from coordinator.emulate.board import EmulatedBoard
     from coordinator.emulate.fleet import Fleet
 
-NOT_INSTALLED = "{} is not installed; this fixture needs: pip install 'bmoe[gateway]'"
-
 
 @pytest.fixture(scope="session")
 def emulated_board(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], EmulatedBoard]:
     """`emulated_board("rpi4")`: a board, made once a session. `board.run(file, inputs)` runs an ONNX file on it."""
-    from bmoe.protocol.errors import BmoeError
-
-    try:
+    with _one_line("emulated board"):
         from coordinator.emulate.workshop import Workshop
-    except ModuleNotFoundError as missing:
-        pytest.fail(NOT_INSTALLED.format(missing.name), pytrace=False)
 
-    workshop = Workshop(tmp_path_factory.mktemp("boards"))
+        workshop = Workshop(tmp_path_factory.mktemp("boards"))
 
     def board(name: str) -> EmulatedBoard:
-        try:
+        with _one_line("emulated board"):
             return workshop.board(name)
-        except BmoeError as error:
-            pytest.fail(f"no emulated board: {error}", pytrace=False)
 
     return board
 
@@ -49,19 +42,27 @@ def emulated_board(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[Fleet]:
     """A gateway of the test's own, as yet without agents."""
-    from bmoe.protocol.errors import BmoeError
-
-    try:
+    with _one_line("fleet"):
         from coordinator.emulate.fleet import Fleet
-    except ModuleNotFoundError as missing:
-        pytest.fail(NOT_INSTALLED.format(missing.name), pytrace=False)
 
-    running = Fleet(tmp_path / "fleet")
-    try:
+        running = Fleet(tmp_path / "fleet")
         running.start()
-    except BmoeError as error:
-        pytest.fail(f"no fleet: {error}", pytrace=False)
     try:
         yield running
     finally:
         running.close()
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """What is missing, or an error of ours, fails the test without a traceback through us."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        pytest.fail(f"no {what}: {missing.name} is not installed; pip install 'bmoe[gateway]'", pytrace=False)
+    except Exception as error:
+        from bmoe.protocol.errors import BmoeError
+
+        if not isinstance(error, BmoeError):
+            raise
+        pytest.fail(f"no {what}: {error}", pytrace=False)
