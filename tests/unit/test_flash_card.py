@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import image_maker
 import numpy as np
 import pytest
 from flash_helpers import NOW_S, TOKEN, away, check_ext4, check_fat, check_table, flashed
@@ -258,6 +259,42 @@ def test_a_target_that_lies_about_what_it_keeps_is_found_out(tmp_path: Path, mon
     with pytest.raises(RefusedError, match="does not give back what was written"):
         flashed(monkeypatch, made.path, card)
     assert not card.exists(), "nobody shall take it for a card"
+
+
+@pytest.mark.parametrize(("last", "at"), [(2, 4 << 20), (3, 0), (3, 510)])
+def test_what_was_written_last_is_read_back_too(
+    last: int, at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The changed sectors are synced second, the first block third: a card may lose these alone."""
+    made, card, real, syncs = make_image(tmp_path / "system.img"), tmp_path / "card.img", write._sync, []
+
+    def worn(handle: int) -> None:
+        syncs.append(handle)
+        if len(syncs) == last:
+            changed = next(offset for offset, _ in patches if offset >= at) if at else 0
+            os.pwrite(handle, b"\x5a", changed if last == 2 else at)
+        real(handle)
+
+    patches: list[Any] = []
+    whole = flashing.write_image
+    monkeypatch.setattr(write, "_sync", worn)
+    monkeypatch.setattr(flashing, "write_image", lambda *given: (patches.extend(given[3]), whole(*given))[1])
+    with pytest.raises(RefusedError, match="does not give back byte"):
+        flashed(monkeypatch, made.path, card)
+    assert not card.exists()
+
+
+def test_a_boot_partition_within_the_first_block_is_changed_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older tools lay partitions out: from sector 63 on, so that tables and root folder are written last."""
+    monkeypatch.setattr(image_maker, "BOOT_AT", 63 * 512)
+    image_maker._parts.cache_clear()
+    made, card = make_image(tmp_path / "system.img"), tmp_path / "card.img"
+    image_maker._parts.cache_clear()
+    flashed(monkeypatch, made.path, card)
+    assert (contents(made, card).read("bmoe/token") or b"").decode().strip() == TOKEN.text()
+    assert card.read_bytes()[:510] == made.path.read_bytes()[:510]
 
 
 def test_an_image_that_changes_while_it_is_written_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

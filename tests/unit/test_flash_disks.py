@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import stat
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +241,44 @@ def test_a_file_in_the_disks_place_is_not_opened_for_it(machine: Machine, tmp_pa
     with pytest.raises(RefusedError, match="is not the disk that was looked at"), opened(file, disk):
         pytest.fail("opened")
     assert file.read_bytes() == b"precious"
+
+
+def test_a_disk_is_opened_exclusively_and_neither_made_nor_emptied(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """O_EXCL without O_CREAT has the kernel refuse a disk of which anything is mounted or held, wherever (open(2))."""
+    card(machine)
+    disk, file, real, flags = find_disk(Path("/dev/sda"), machine.root), tmp_path / "file", os.open, []
+    file.write_bytes(b"precious")
+    monkeypatch.setattr(write, "_same_disk", lambda handle, disk: None)
+    monkeypatch.setattr(write.os, "open", lambda path, given, mode: (flags.append(given), real(path, given, mode))[1])
+    with opened(file, disk):
+        assert flags == [os.O_RDWR | os.O_CLOEXEC | os.O_EXCL]
+    monkeypatch.undo()
+    assert file.read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    ("device", "size", "sequence", "said"),
+    [
+        (0x801, 32 * GIB, 7, None),
+        (0x810, 32 * GIB, 7, "found 8:16, expected 8:1"),
+        (0x801, 64 * GIB, 7, f"has {64 * GIB} bytes now, {32 * GIB} when"),
+        (0x801, 32 * GIB, 9, "has 9 as its number now, 7 when"),
+    ],
+)
+def test_what_is_opened_is_what_was_looked_at(
+    device: int, size: int, sequence: int, said: str | None, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the last look and the opening another disk may have taken the name, or another card the slot."""
+    card(machine, diskseq="7")
+    disk = find_disk(Path("/dev/sda"), machine.root)
+    answers = {write.BLKGETSIZE64: size, write.BLKGETDISKSEQ: sequence}
+    facts = types.SimpleNamespace(st_rdev=os.makedev(device >> 8, device & 0xFF), st_mode=stat.S_IFBLK)
+    with pytest.raises(RefusedError, match=said) if said else contextlib.nullcontext(), monkeypatch.context() as patch:
+        patch.setattr(write.os, "fstat", lambda handle: facts)
+        patch.setattr(write.fcntl, "ioctl", lambda handle, request, room: answers[request].to_bytes(8, "little"))
+        write._same_disk(99, disk)
 
 
 def test_a_disk_whose_writing_fails_is_left_without_its_first_block(
