@@ -57,7 +57,7 @@ def parse_bmap(data: bytes) -> Bmap:
         raise ImageError("a block map has no document type and no entities")
     _check_own_checksum(data)
     try:
-        root = ElementTree.fromstring(data.decode())  # as UTF-8, whatever it says: other codes hide a document type
+        root = ElementTree.fromstring(data)
         image, block = int(_text(root, "ImageSize")), int(_text(root, "BlockSize"))
         kind = root.findtext("ChecksumType", "sha256").strip()
         spans = [((r.text or "").strip(), r.get("chksum", "")) for r in root.iterfind("./BlockMap/Range")]

@@ -136,7 +136,12 @@ def test_later_trixie_and_ubuntu_are_told_by_cloud_init(
         words = (fat.read(path) or b"").decode().split()
         assert words[-2:] == [f"ds=nocloud;i={identity}", "cfg80211.ieee80211_regdom=DE"]
     lines = (fat.read("user-data") or b"").decode().splitlines()
-    assert lines[0] == "#cloud-config" and 'hostname: "kitchen"' in lines and f'  - "{SSH_KEY}"' in lines
+    assert (
+        lines[0] == "#cloud-config"
+        and "ssh_pwauth: false" in lines
+        and 'hostname: "kitchen"' in lines
+        and f'  - "{SSH_KEY}"' in lines
+    )
     command = json.loads(lines[-1].removeprefix("  - "))
     assert command[:2] == ["sh", "-c"] and command[2].endswith("sh /boot/firmware/bmoe/install.sh --enable --now")
     network = json.loads((fat.read("network-config") or b"").decode().split("network: ", 1)[1])

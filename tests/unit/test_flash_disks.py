@@ -72,6 +72,12 @@ def nvme(machine: Machine) -> None:
     machine.disk("sda", "pci0000:00/nvme/nvme0", 500 * GIB)
 
 
+def known_by_its_source(machine: Machine) -> None:
+    """btrfs and overlays have a number of their own in mountinfo; the device stands behind the dash."""
+    card(machine)
+    (machine.root / "proc/self/mountinfo").write_text("20 1 0:31 / /home rw - btrfs /dev/sda1 rw,subvol=/home\n")
+
+
 def emmc(machine: Machine) -> None:
     machine.disk("sda", "platform/mmc1/mmc1:0001", 32 * GIB, device__type="MMC", removable="1")
 
@@ -83,6 +89,7 @@ def loop(machine: Machine) -> None:
 REFUSALS: list[tuple[str, Callable[[Machine], Any], str]] = [
     ("the disk of /", mounted("/"), "is a disk of this system: / is on it"),
     ("the disk of /home", mounted("/home"), "is a disk of this system: /home is on it"),
+    ("the disk of a /home on btrfs", known_by_its_source, "is a disk of this system: /home is on it"),
     ("a mounted card", mounted("/media/my card"), "is mounted on /media/my card: unmount it first"),
     ("a disk with swap", swapped, "is a disk of this system: it swaps on sda1"),
     ("a disk of LVM, RAID or encryption", held, "is held by dm-0"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import tracemalloc
+import zlib
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from flash_helpers import check_fat
@@ -18,6 +21,7 @@ from coordinator.flash.fat_names import parse_entries, short_name_for
 from coordinator.flash.partitions import partitions
 
 SMALL = make_fat("bootfs", PLAIN, 16)
+LARGE = make_fat("bootfs", PLAIN, 32)
 NAMES = st.text("abcXYZ019._-", min_size=1, max_size=20).filter(lambda n: n.strip(". ") == n)
 
 
@@ -207,6 +211,63 @@ def test_what_lies_behind_the_end_of_a_folder_stays_unseen() -> None:
 def test_any_bytes_are_a_folder_or_none(content: bytes) -> None:
     found = parse_entries(content)
     assert [entry.at for entry in found] == sorted({entry.at for entry in found}) and all(entry.name for entry in found)
+
+
+def gpt(*spans: tuple[int, int], width: int = 128, at: int = 2, spoil: bool = False) -> bytes:
+    """The head of an image with a GPT of such entries (first and last sector), its checksums right unless spoilt."""
+    kind = UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b").bytes_le
+    entries = b"".join((kind + bytes(16) + struct.pack("<QQ", *span)).ljust(width, b"\0") for span in spans)
+    fields = struct.pack("<QQQQ16sQIII", 1, 99, 34, 9, bytes(16), at, len(spans), width, zlib.crc32(entries) ^ spoil)
+    header = b"EFI PART" + struct.pack("<IIII", 0x10000, 92, 0, 0) + fields
+    header = header[:16] + struct.pack("<I", zlib.crc32(header)) + header[20:]
+    mbr = bytes(446) + b"\0\0\0\0\xee\0\0\0\1\0\0\0\xff\xff\xff\xff" + bytes(48) + b"\x55\xaa"
+    return (mbr + header.ljust(SECTOR, b"\0") + entries).ljust(64 * SECTOR, b"\0")
+
+
+HOSTILE_TABLES = [
+    (gpt((100, 200), (150, 300)), "partitions 1 and 2 overlap"),
+    (gpt((100, 200), (100, 200)), "partitions 1 and 2 overlap"),
+    (gpt((200, 100)), "entry 1 spans sectors 200 to 100"),
+    (gpt((0, 100)), "entry 1 spans sectors 0 to 100"),
+    (gpt((2, 100)), "entry 1 spans sectors 2 to 100"),
+    (gpt((100, 200), spoil=True), "entries are damaged"),
+    (gpt((100, 200), at=1), "entries lie at byte 512"),
+    (gpt((100, 200), at=1 << 60), "entries lie at byte"),
+    (gpt((100, 200), width=192), "entries of 192 bytes"),
+    (gpt(), "has 0 entries"),
+]
+
+
+@pytest.mark.parametrize(("head", "said"), HOSTILE_TABLES)
+def test_a_hostile_partition_table_is_one_line(head: bytes, said: str) -> None:
+    with pytest.raises(ImageError, match=said):
+        partitions(head)
+
+
+def test_a_partition_of_all_the_sectors_there_can_be_ends_behind_any_image() -> None:
+    [partition] = partitions(gpt((100, 2**64 - 1)))
+    assert (partition.number, partition.offset, partition.end) == (1, 100 * SECTOR, 2**64 * SECTOR)
+
+
+HOSTILE_FATS = [
+    (11, (513).to_bytes(2, "little"), "holds no FAT"),
+    (13, b"\3", "holds no FAT"),
+    (14, bytes(2), "holds no FAT"),
+    (16, b"\x09", "holds no FAT"),
+    (32, (1 << 31).to_bytes(4, "little"), r"FAT says \d+ bytes, its partition has"),
+    (36, (1).to_bytes(4, "little"), "does not fit its"),
+    (40, b"\x80", "is not mirrored"),
+    (44, (1 << 30).to_bytes(4, "little"), "its root folder nowhere"),
+    (44, bytes(4), "its root folder nowhere"),
+]
+
+
+@pytest.mark.parametrize(("at", "lie", "said"), HOSTILE_FATS)
+def test_a_boot_sector_that_lies_is_one_line(at: int, lie: bytes, said: str) -> None:
+    image = Bytes(LARGE)
+    image.data[at : at + len(lie)] = lie
+    with pytest.raises(ImageError, match=said):
+        Fat(image, 0, len(LARGE))
 
 
 def test_an_image_that_ends_within_its_gpt_header_promises_one_and_has_none() -> None:

@@ -207,6 +207,14 @@ def test_with_a_block_map_too_all_that_was_written_is_read_back(
         flashed(monkeypatch, made.path, tmp_path / "card.img")
 
 
+def test_a_block_map_for_an_image_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_image(tmp_path / "system.img")
+    data = bmap_of(made.path, used(made.path)).replace(b"<ImageSize>10485760", b"<ImageSize>10489856")
+    (tmp_path / "system.img.bmap").write_bytes(re.sub(rb"<BmapFileChecksum>.*</BmapFileChecksum>", b"", data))
+    with pytest.raises(ImageError, match="unpacks to 10485760 bytes, its block map is for 10489856"):
+        flashed(monkeypatch, made.path, tmp_path / "card.img")
+
+
 def test_an_image_that_is_not_its_block_maps_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_image(tmp_path / "system.img")
     (tmp_path / "system.img.bmap").write_bytes(bmap_of(made.path, [(0, 2)]))
@@ -217,16 +225,14 @@ def test_an_image_that_is_not_its_block_maps_is_refused(tmp_path: Path, monkeypa
         flashed(monkeypatch, made.path, tmp_path / "card.img")
 
 
-EBCDIC = (
-    '<!DOCTYPE b [<!ENTITY s "4096">]><bmap><ImageSize>8192</ImageSize><BlockSize>&s;</BlockSize><BlockMap><Range>0</Range>'
-    "</BlockMap></bmap>"
-)
 GOOD = bmap_of(Path(__file__), [(0, 0)])
+DIGEST = GOOD[GOOD.index(b"<BmapFileChecksum>") : GOOD.index(b"<BlockMap>")]
 HOSTILE: list[tuple[bytes, str]] = [
     (GOOD.replace(b"<BlockSize>4096", b"<BlockSize>4097"), "own checksum is wrong"),
     (re.sub(rb"<BmapFileChecksum>[0-9a-f]+", b"<BmapFileChecksum>none", GOOD), "own checksum is none"),
-    # Behind the declaration everything is EBCDIC, in which no search for a document type finds one.
-    (b'<?xml version="1.0" encoding="cp037"?>' + EBCDIC.encode("cp037"), "cannot be read"),
+    (GOOD.replace(b">0-0<", b">0-0</Range><Range>0<").replace(DIGEST, b""), "out of order or outside"),
+    (GOOD.replace(b">0-0<", b">9-9<").replace(DIGEST, b""), "out of order or outside"),
+    (GOOD.replace(b">0-0<", b">5-1<").replace(DIGEST, b""), "out of order or outside"),
     (b"<!DOCTYPE b [<!ENTITY a 'aaaa'>]><bmap>&a;</bmap>", "no document type"),
     (b"<bmap><ImageSize>1e9</ImageSize></bmap>", "cannot be read"),
     (b"<bmap>" * 3000, "cannot be read"),
