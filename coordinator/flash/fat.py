@@ -100,6 +100,19 @@ class Fat:
         else:
             self._update(folder, found, first, len(data), stamp)
 
+    def set_label(self, label: str, stamp: tuple[int, int] = (0x21, 0)) -> None:
+        """Name the file system, in its root folder and in the boot sector with its copy. Raises LimitError for no room."""
+        name = label.ljust(11).encode("ascii")
+        found = next((entry for entry in self._entries(self._root) if entry.attributes & 0x0F == 0x08), None)
+        if found is None:
+            self._enter(self._root, _entry(name, 0, 0, 0x08, stamp))
+        else:
+            self._put_bytes(self._sectors(self._root), found.at, name)
+        at = 71 if self.geometry.bits == 32 else 43
+        for sector in (0, self.geometry.boot_copy) if self.geometry.boot_copy else (0,):
+            if self._sector(sector)[at - 5] == 0x29:  # else the sector is of a time before labels
+                self._put_bytes([sector], at, name)
+
     def changes(self) -> Iterator[tuple[int, bytes]]:
         """What differs from the image, as (offset in the image, whole sectors)."""
         changed = dict(self._changed)
@@ -171,9 +184,12 @@ class Fat:
         return _Folder(first)
 
     def _add(self, folder: _Folder, name: str, first: int, size: int, attributes: int, stamp: tuple[int, int]) -> None:
-        """Enter a new name, in the first gap that is long enough."""
+        """Enter a new name."""
         short = short_name_for(name, {e.short for e in self._entries(folder)})
-        raw = directory_entries(name, short) + _entry(short, first, size, attributes, stamp)
+        self._enter(folder, directory_entries(name, short) + _entry(short, first, size, attributes, stamp))
+
+    def _enter(self, folder: _Folder, raw: bytes) -> None:
+        """Put entries into the first gap that is long enough."""
         sectors = self._sectors(folder)
         content = b"".join(map(self._sector, sectors))
         at = _gap(content, len(raw))

@@ -29,6 +29,7 @@ class Geometry:
     clusters: int
     root_cluster: int
     information_sector: int
+    boot_copy: int
     label: str
 
     @property
@@ -73,7 +74,7 @@ def parse_geometry(boot: bytes, size: int) -> Geometry:
         bits = 32  # as Linux decides: some makers of small images break the specification's count
     if table * width > TABLE_BYTES or (clusters + 2) * bits > table * width * 8:
         raise ImageError(f"the boot partition's FAT of {table} sectors does not fit its {clusters} clusters")
-    flags, _, root_cluster, information = struct.unpack("<HHIH", boot[40:50]) if bits == 32 else (0, 0, 0, 0)
+    flags, _, root_cluster, information, copy = struct.unpack("<HHIHH", boot[40:52]) if bits == 32 else (0,) * 5
     if flags & 0x80:
         raise ImageError("the boot partition's FAT is not mirrored: not supported")
     if bits == 32 and not 2 <= root_cluster < clusters + 2:
@@ -81,7 +82,8 @@ def parse_geometry(boot: bytes, size: int) -> Geometry:
     label = boot[71:82] if bits == 32 else boot[43:54]
     return Geometry(
         bits, width, per_cluster, reserved, tables, table, root_at, root_sectors, data_at, clusters, root_cluster,
-        information if 0 < information < reserved else 0, label.decode("ascii", "replace").strip("\0 "),
+        information if 0 < information < reserved else 0, copy if 0 < copy < reserved else 0,
+        label.decode("ascii", "replace").strip("\0 "),
     )  # fmt: skip
 
 

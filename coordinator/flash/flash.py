@@ -195,6 +195,8 @@ def _show(plan: Plan, seed: Seed, desk: Desk, verbose: bool) -> None:
         f"{found.method}, boot partition {found.boot.number} ({found.label})"
         + (", with a block map" if found.bmap else "")
     )
+    if found.relabel:
+        desk.say(f"changed the label of partition {found.boot.number}, the EFI system partition, to {found.label}")
     if not seed.wheels:
         desk.say(
             "bmoe is on the card, what it needs is not: the board fetches that from a package index (--wheels DIR)"

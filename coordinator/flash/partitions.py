@@ -18,23 +18,21 @@ HEAD_BYTES = 1 << 20  # holds the MBR, the GPT header and up to 8 K of its entri
 ENTRIES_MAX = 1024
 FAT_TYPES = frozenset({0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E, 0xEF})
 EXTENDED = frozenset({0x05, 0x0F, 0x85})
-PROTECTIVE = 0xEE
-_FAT_GUIDS = frozenset(
-    {
-        UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b"),  # EFI system partition
-        UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7"),  # basic data
-    }
-)
+PROTECTIVE, EFI = 0xEE, 0xEF
+_EFI_GUID = UUID("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
+_FAT_GUIDS = frozenset({_EFI_GUID, UUID("ebd0a0a2-b9e5-4433-87c0-68b6b72699c7")})  # the second: basic data
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition, in bytes from the image's begin; `fat` says that its type is one of FAT's."""
+    """One partition, in bytes from the image's begin; `fat` says that its type is one of FAT's, `efi` that it is that of the
+    EFI system partition."""
 
     number: int
     offset: int
     size: int
     fat: bool
+    efi: bool = False
 
     @property
     def end(self) -> int:
@@ -64,7 +62,7 @@ def _mbr(head: bytes) -> list[tuple[int, Partition]]:
         entry = head[446 + 16 * index : 462 + 16 * index]
         kind, (start, count) = entry[4], struct.unpack("<II", entry[8:16])
         if kind and count:
-            found.append((kind, Partition(index + 1, start * SECTOR, count * SECTOR, kind in FAT_TYPES)))
+            found.append((kind, Partition(index + 1, start * SECTOR, count * SECTOR, kind in FAT_TYPES, kind == EFI)))
     if any(partition.offset == 0 and kind != PROTECTIVE for kind, partition in found):
         raise ImageError("a partition begins at the image's first byte, where its table is")
     return found
@@ -93,6 +91,6 @@ def _gpt(head: bytes) -> list[Partition]:
         if any(entry[:16]):
             if last < first or first * SECTOR < begin + length:
                 raise ImageError(f"the image's GPT entry {index + 1} spans sectors {first} to {last}")
-            fat = UUID(bytes_le=entry[:16]) in _FAT_GUIDS
-            found.append(Partition(index + 1, first * SECTOR, (last - first + 1) * SECTOR, fat))
+            kind, size = UUID(bytes_le=entry[:16]), (last - first + 1) * SECTOR
+            found.append(Partition(index + 1, first * SECTOR, size, kind in _FAT_GUIDS, kind == _EFI_GUID))
     return found

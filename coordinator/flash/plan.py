@@ -57,6 +57,8 @@ def make_plan(found: Survey, seed: Seed, image: Readable) -> Plan:
     for wheel in seed.wheels:
         files[f"bmoe/wheels/{wheel.name}"] = wheel.read_bytes()
     changes = tuple(Change(path, fat.read(path), content) for path, content in sorted(files.items()))
+    if found.relabel:
+        fat.set_label(found.label, fat_stamp(seed.issued_s))
     for change in changes:
         fat.write(change.path, change.after, fat_stamp(seed.issued_s))
     for change in changes:  # what we read back is what the board will read

@@ -20,11 +20,14 @@ from coordinator.flash.source import Source
 from coordinator.flash.spool import Spool
 
 Progress = Callable[[int, int], None]
+NOCLOUD = "CIDATA"  # the label of a file system that cloud-init looks for, whatever else is on it
+CLOUD_INIT = b"cloud-init-local.service"  # what dpkg keeps of a package names its files
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of an image. `raw_sha256` is that of the unpacked image, `processor` "" where nothing told it."""
+    """What is known of an image. `raw_sha256` is that of the unpacked image, `processor` "" where nothing told it, `label`
+    that of the boot partition, which it does not have yet where `relabel`."""
 
     image_bytes: int
     raw_sha256: str
@@ -35,6 +38,7 @@ class Survey:
     method: str
     processor: str
     bmap: Bmap | None
+    relabel: bool = False
 
 
 def survey(source: Source, board: Board, spool: Spool, sha256: str | None, progress: Progress) -> Survey:
@@ -43,11 +47,13 @@ def survey(source: Source, board: Board, spool: Spool, sha256: str | None, progr
     check = RangeCheck(bmap) if bmap else None
     digest, programs, offset = hashlib.sha256(), Programs(), 0
     table: list[Partition] = []
+    cloud_init = False
     for chunk in source.chunks():
         if offset == 0:
             table = partitions(chunk[:HEAD_BYTES])
         digest.update(chunk)
         programs.feed(chunk)
+        cloud_init = cloud_init or CLOUD_INIT in chunk
         if check:
             check.feed(offset, chunk)
         for partition in table:
@@ -58,13 +64,18 @@ def survey(source: Source, board: Board, spool: Spool, sha256: str | None, progr
         progress(source.read_bytes, source.file_bytes)
     progress(source.file_bytes, source.file_bytes)
     _whole(source, sha256, table, offset, bmap)
-    boot, fat = _boot_partition(board, table, spool)
+    boot, fat, relabel = _boot_partition(board, table, spool)
     processor = programs.processor(_kernel_head(fat))
     if processor and processor != board.arch:
         raise ImageError(f"{source.path.name} is for {processor}, {board.title} runs {board.arch}")
+    if relabel and not cloud_init:
+        raise ImageError(
+            f"{source.path.name} holds no cloud-init, by which its first boot would be reached: of Debian's own images "
+            "those called generic and genericcloud have it"
+        )
     return Survey(
-        offset, digest.hexdigest(), source.file_sha256, tuple(table), boot, fat.label,
-        _method(board, fat), processor, bmap,
+        offset, digest.hexdigest(), source.file_sha256, tuple(table), boot, NOCLOUD if relabel else fat.label,
+        "cloud-init" if relabel else _method(board, fat), processor, bmap, relabel,
     )  # fmt: skip
 
 
@@ -81,8 +92,11 @@ def _whole(source: Source, sha256: str | None, table: list[Partition], size: int
             )
 
 
-def _boot_partition(board: Board, table: list[Partition], spool: Spool) -> tuple[Partition, Fat]:
-    seen = []
+def _boot_partition(board: Board, table: list[Partition], spool: Spool) -> tuple[Partition, Fat, bool]:
+    """The partition that takes the files, and whether it must be labelled: Debian's images have none that is, but an EFI
+    system partition."""
+    seen: list[str] = []
+    efi: list[tuple[Partition, Fat]] = []
     for partition in table:
         if not partition.fat:
             continue
@@ -93,8 +107,12 @@ def _boot_partition(board: Board, table: list[Partition], spool: Spool) -> tuple
             seen.append(f"partition {partition.number}: {error}")
             continue
         if label in board.image.boot_labels:
-            return partition, fat
+            return partition, fat, False
+        if partition.efi:
+            efi.append((partition, fat))
         seen.append(f"partition {partition.number} is labelled {label!r}")
+    if "debian" in board.image.families and len(efi) == 1:
+        return *efi[0], True
     wanted = " or ".join(board.image.boot_labels)
     raise ImageError(
         f"the image has no FAT partition labelled {wanted}, where {board.title} looks at its first boot "

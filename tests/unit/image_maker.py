@@ -36,11 +36,14 @@ CLOUD = {
     "network-config": b"network:\n  version: 2\n",
 }
 BOOKWORM = PLAIN | {"cmdline.txt": CMDLINE[:-1] + b" init=/usr/lib/raspberrypi-sys-mods/firstboot\n"}
+EFI = {"EFI/grub.cfg": b"search.fs_uuid 2b4b3e5c root\n", "EFI/BOOTAA64.EFI": b"MZ" + bytes(3000)}
+CLOUD_INIT = b"/lib/systemd/system/cloud-init-local.service\n"
 SYSTEMS = {
     # name: (label, files, bits)
     "bookworm": ("bootfs", BOOKWORM, 32),
     "first-trixie": ("bootfs", PLAIN | {"cmdline.txt": CMDLINE[:-1] + b" resize\n"}, 16),
     "trixie": ("bootfs", PLAIN | CLOUD, 16),
+    "debian": ("", EFI, 16),  # a cloud image: an EFI system partition without a label, and cloud-init in the root
     "ubuntu": ("system-boot", PLAIN | CLOUD | {"current/cmdline.txt": CMDLINE}, 16),
 }
 
@@ -133,12 +136,14 @@ def _root_file_system(machine: int) -> bytes:
     """ext4 where its tools are, else blocks with the same programs in them."""
     mkfs = tool("mkfs.ext4")
     if mkfs is None:
-        return (bytes(8192) + b"".join(elf(machine).ljust(4096, b"\0") for _ in range(3))).ljust(2 * MIB, b"\0")
+        files = (*[elf(machine)] * 3, CLOUD_INIT)
+        return (bytes(8192) + b"".join(file.ljust(4096, b"\0") for file in files)).ljust(2 * MIB, b"\0")
     with tempfile.TemporaryDirectory() as work:
         folder, made = Path(work) / "tree/usr/bin", Path(work) / "root"
         folder.mkdir(parents=True)
         for name in ("true", "sh", "python3"):
             (folder / name).write_bytes(elf(machine))
+        (folder / "cloud-init.list").write_bytes(CLOUD_INIT)
         quiet = [mkfs, "-q", "-F", "-O", "^has_journal,^inline_data", "-d", str(Path(work) / "tree"), str(made), "2M"]
         subprocess.run(quiet, check=True, capture_output=True, timeout=30)
         return made.read_bytes()
@@ -161,7 +166,7 @@ def make_fat(label: str, files: dict[str, bytes], bits: int, size: int = 0) -> b
         folder, _, name = path.rpartition("/")
         tree.setdefault(folder, {})[name] = content
     first = volume.store(bytes(SECTOR * 8)) if bits == 32 else 0
-    entries = _short(label.ljust(11).encode(), 8, 0, 0)
+    entries = _short(label.ljust(11).encode(), 8, 0, 0) if label else b""
     for number, (folder, inside) in enumerate(sorted(tree.items()), 90):
         block = b"".join(
             _named(name, n, 0x20, volume.store(c), len(c)) for n, (name, c) in enumerate(inside.items(), 1)
@@ -220,7 +225,7 @@ class _Volume:
             "<HBHBHHBHHHII", SECTOR, 1, self.reserved, 2, 0 if wide else 512, small, 0xF8, 0 if wide else self.table,
             32, 8, 0, 0 if small else total,
         )  # fmt: skip
-        name = label.ljust(11).encode()
+        name = (label or "NO NAME").ljust(11).encode()
         if wide:
             boot += struct.pack("<IHHIHH12x", self.table, 0, 0, root, 1, 6) + b"\x80\0\x29\1\2\3\4" + name + b"FAT32   "
             free = clusters - (self.following - 2)

@@ -222,6 +222,33 @@ def test_an_image_with_a_gpt_serves_a_generic_board(tmp_path: Path, monkeypatch:
     assert contents(made, card).exists("bmoe/token")
 
 
+def test_debians_own_image_is_reached_by_the_label_that_cloud_init_looks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no partition for such files but the EFI system partition, which has no label."""
+    made, card = make_image(tmp_path / "debian.raw", "debian", gpt=True), tmp_path / "card.img"
+    said, facts = flashed(monkeypatch, made.path, card, **wishes(tmp_path) | {"board": load_board("generic-aarch64")})
+    fat = contents(made, card)
+    assert fat.label == fat.geometry.label == "CIDATA" and facts["method"] == "cloud-init"
+    assert "changed the label of partition 1, the EFI system partition, to CIDATA" in said
+    assert "mount -L CIDATA /boot/firmware" in (fat.read("user-data") or b"").decode()
+    assert fat.read("EFI/grub.cfg") == image_maker.EFI["EFI/grub.cfg"]
+    data = card.read_bytes()
+    for checker, (begin, end) in ((check_fat, made.boot), (check_ext4, made.root)):
+        (tmp_path / "part").write_bytes(data[begin:end])
+        checker(tmp_path / "part")
+
+
+def test_an_image_of_debian_without_cloud_init_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing would happen at its first boot, and nobody would know why."""
+    made = make_image(tmp_path / "debian.raw", "debian", gpt=True)
+    made.path.write_bytes(made.path.read_bytes().replace(b"cloud-init-local", b"other-unit-here1"))
+    with pytest.raises(ImageError, match="holds no cloud-init"):
+        flashed(monkeypatch, made.path, tmp_path / "card.img", board=load_board("generic-aarch64"))
+    with pytest.raises(ImageError, match="no FAT partition labelled bootfs"):
+        flashed(monkeypatch, made.path, tmp_path / "card.img", board=load_board("rpi5"))
+
+
 def test_the_first_block_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a card whose writing was cut off boots nowhere, rather than half."""
     made, order = make_image(tmp_path / "system.img"), []

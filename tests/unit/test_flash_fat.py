@@ -130,9 +130,13 @@ def test_a_file_system_by_dosfstools_is_changed_and_mtools_reads_it(kilobytes: i
     content = bytes(range(256)) * 99
     for path in ("user-data", "bmoe/token", "bmoe/wheels/onnxruntime-1.32.0-cp313-cp313-manylinux_2_28_aarch64.whl"):
         fat.write(path, content)
+    fat.set_label("BMOE")
     image.apply(fat)
     part.write_bytes(image.data)
     check_fat(part)
+    if blkid := tool("blkid"):
+        told = subprocess.run([blkid, "-p", "-o", "value", "-s", "LABEL", str(part)], capture_output=True, timeout=30)
+        assert told.stdout == b"BMOE\n"
     for path in ("user-data", "bmoe/token", "bmoe/wheels/onnxruntime-1.32.0-cp313-cp313-manylinux_2_28_aarch64.whl"):
         copy = [str(tool("mcopy")), "-n", "-o", "-i", str(part), f"::{path}", str(out)]
         subprocess.run(copy, check=True, capture_output=True, timeout=30)
