@@ -6,6 +6,7 @@ Nothing is written to a disk, the QSPI flash or an EEPROM. The same tree install
 from __future__ import annotations
 
 import os
+import shutil
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -50,6 +51,14 @@ def write_overlay(folder: Path, seed: Seed) -> list[Path]:
         raise ConfigError(f"{folder} is there already: nothing is overwritten") from None
     except OSError as error:
         raise ConfigError(f"{folder} cannot be made: {error.strerror}") from None
+    try:
+        return _filled(folder, seed)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)  # half of it would be taken for the whole, and a token is in it
+        raise
+
+
+def _filled(folder: Path, seed: Seed) -> list[Path]:
     archive = folder / "overlay.tar"
     with os.fdopen(os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         _write_tar(file, seed)

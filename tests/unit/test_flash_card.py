@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import lzma
 import os
+import resource
 import sys
 import tarfile
 from functools import partial
@@ -22,7 +24,7 @@ from bmoe.protocol.errors import ImageError, LimitError, RefusedError
 from coordinator.boards import load_board
 from coordinator.cli.commands import run
 from coordinator.flash import flash as flashing
-from coordinator.flash import write
+from coordinator.flash import overlay, write
 from coordinator.flash.fat import Fat
 from coordinator.flash.overlay import PLACE
 from coordinator.flash.plan import inspect
@@ -277,6 +279,72 @@ def test_a_card_whose_writing_is_broken_off_boots_nothing_old_and_nothing_new(
     os.close(handle)
     content = card.read_bytes()
     assert content[: 1 << 20] == bytes(1 << 20) and content[-1:] == b"\xaa"
+
+
+def test_a_card_that_is_killed_at_any_write_boots_nothing_or_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file in a card's place: whatever the last write was, the first block is empty, or everything is there."""
+    made, card, board = make_image(tmp_path / "system.img"), tmp_path / "card", load_board("rpi5")
+    patches = [(made.boot[0] + 8192, b"first" * 100), (made.boot[0] + 65536, b"second" * 100)]
+    silent: dict[str, Any] = {phase: lambda done, total: None for phase in ("write", "verify")}
+    real, log = write._write_at, []
+    monkeypatch.setattr(write, "_sync", lambda handle: log.append("sync"))
+
+    class Killed(BaseException): ...
+
+    def until(last: int) -> bytes:
+        """The card after its last-th write; all of it for 0."""
+        log.clear()
+
+        def counted(handle: int, data: bytes, offset: int) -> None:
+            real(handle, data, offset)
+            log.append(offset)
+            if len([entry for entry in log if entry != "sync"]) == last:
+                raise Killed
+
+        monkeypatch.setattr(write, "_write_at", counted)
+        card.write_bytes(b"\xaa" * (11 << 20))
+        handle = os.open(card, os.O_RDWR)
+        with Spool() as spool, contextlib.suppress(Killed):
+            source, found = inspect(made.path, board, spool, None, silent["write"])
+            write.write_image(handle, source, found, patches, False, silent)
+        os.close(handle)
+        return card.read_bytes()
+
+    whole, writes = until(0), list(log)
+    # Wiped and synced; the image, synced; the changes, synced; and the first block alone.
+    ends = [index for index, entry in enumerate(writes) if entry == "sync"]
+    assert writes[:2] == [0, "sync"] and len(ends) == 4
+    assert writes[ends[1] + 1 :] == [*(offset for offset, _ in patches), "sync", 0, "sync"]
+    for last in range(1, len(writes) - len(ends) + 1):
+        content = until(last)
+        assert content[: 1 << 20] == bytes(1 << 20) if last < len(writes) - len(ends) else content == whole
+
+
+def test_a_full_disk_under_the_output_is_one_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, card = make_image(tmp_path / "system.img"), tmp_path / "card.img"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (9 << 20, before[1])
+    )  # the kernel's own refusal of a file that is too large
+    try:
+        with pytest.raises(RefusedError, match=r"the target refused byte \d+: File too large"):
+            flashed(monkeypatch, made.path, card)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not card.exists()
+
+
+def test_an_overlay_that_is_not_finished_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = wishes(tmp_path) | {"board": load_board("jetson-orin-nano")}
+    real = overlay.template
+    monkeypatch.setattr(overlay, "template", lambda name, **v: real(name, **v) if name != "jetson-apply.sh" else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        flashed(monkeypatch, None, tmp_path / "overlay", **given)
+    assert not (tmp_path / "overlay").exists()
 
 
 def test_a_target_that_lies_about_what_it_keeps_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
