@@ -146,6 +146,10 @@ class Client:
         """The latest rollout of each model: its stage, its wave, what was seen of it, and why it ended."""
         return list(self._json("GET", "/v1/rollouts").get("rollouts", ()))
 
+    def ended_rollouts(self) -> list[dict[str, Any]]:
+        """How rollouts ended and why, oldest first: model, version, stage, reason, at (ledger time, ms since 1970)."""
+        return list(self._json("GET", "/v1/rollouts").get("ends", ()))
+
     def start_rollout(
         self, model: str, version: int | None = None, plan: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:

@@ -201,7 +201,7 @@ async def _fleet(gateway: Gateway, request: Request) -> Response:
 
 
 async def _rollouts(gateway: Gateway, request: Request) -> Response:
-    return _json({"rollouts": gateway.rollouts.table()})
+    return _json({"rollouts": gateway.rollouts.table(), "ends": list(gateway.rollouts_ended.ends)})
 
 
 async def _start_rollout(gateway: Gateway, request: Request) -> Response:

@@ -20,7 +20,7 @@ from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.standing import Standing
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.stream import LedgerAccess, LedgerStream, StreamMessage
-from bmoe.protocol.errors import BmoeError, InferenceError, UnavailableError
+from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.link import Link, LinkSettings
 from bmoe.protocol.messages import Health, Installed, Output, Refusal, Status
@@ -52,6 +52,7 @@ from coordinator.referee import Referee
 from coordinator.rejections import Rejections
 from coordinator.rollout.carrying import Carrying
 from coordinator.rollout.driver import Rollouts
+from coordinator.rollout.history import History
 from coordinator.rollout.store import Plans
 from coordinator.share import Sharer
 from coordinator.state_layout import StateLayout
@@ -102,6 +103,7 @@ class Gateway:
         self.usable = Usable(self.state, self.finality, settings.release_assurance)
         self.catalogue = Catalogue(self.state, self.usable.get)
         self.counts = RequestCounts(self.catalogue.names)
+        self.rollouts_ended = History()
         self.clocks = Clocks(log.warning)
         written = (layout.root, layout.signing_key.parent, layout.evidence.parent, layout.ledger)
         self.disks = Disks(written, settings.disk_reserve_mb, log.warning)
@@ -172,7 +174,7 @@ class Gateway:
         sharer = Sharer(self._start_job, settings.window_ms / 1000, settings.batch_rows, self._ledger_ms)
         self.rollouts = Rollouts(
             self.state, self.fleet, self.catalogue, Plans(self.layout.rollouts), self._enter_rollout,
-            lambda request: self.answerer.trial(request), self._spawn, settings.updates_at_once,
+            lambda request: self.answerer.trial(request), self._spawn, settings.updates_at_once, self.usable.final,
         )  # fmt: skip
         self.decider.watch = self.rollouts.closed
         self._carrying = Carrying(self.rollouts, self._dispatcher, settings, self.receipts)
@@ -219,12 +221,20 @@ class Gateway:
         """
         await self.usable.wait(name)
         used, model = self.catalogue.get(name), self.rollouts.pick(name)
+        failed: BmoeError | None = None
         if model.statement.version != used.statement.version:
             try:
-                return await self._infer(model, body, tenant, head_bytes, reply_to)
-            except (UnavailableError, InferenceError) as error:  # a rollout costs no client an answer
-                log.warning("new_version_failed", model=name, version=model.statement.version, error=str(error))
+                answered = await self._infer(model, body, tenant, head_bytes, reply_to)
+            except BmoeError as error:  # a rollout costs no client an answer
+                failed = error
+            else:
+                self.rollouts.answered(answered)
+                return answered
         answered = await self._infer(used, body, tenant, head_bytes, reply_to)
+        if failed is not None:
+            log.warning("new_version_failed", model=name, version=model.statement.version, error=str(failed))
+            if not isinstance(failed, UnavailableError):  # which its tasks have told of
+                self.rollouts.unanswered(model, answered.request.rows)
         self.rollouts.answered(answered)
         return answered
 
@@ -315,6 +325,7 @@ class Gateway:
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         self.finality.on_applied(applied)
         self.usable.on_applied(applied)
+        self.rollouts_ended.on_applied(applied, self.state.time_ms)
         self.recovery.on_applied(message, applied)
         self._rejections.on_applied(message.position, applied)
         for event in applied.events:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from bmoe import __version__
 from bmoe.protocol.errors import InputError
@@ -122,6 +122,17 @@ def _standing(reading: Reading) -> Iterator[Sample]:
         found[record.standing.value] += 1
     for standing, number in found.items():
         yield (standing,), number
+
+
+def _rollouts(reading: Reading) -> list[dict[str, Any]]:
+    return [row for row in reading.gateway.rollouts.table() if "agents" in row]
+
+
+def _rollout_agents(reading: Reading) -> Iterator[Sample]:
+    for row in _rollouts(reading):
+        failed = sum(name in row["wave"] for name in row["lacks"])
+        for state, number in (("wanted", len(row["wave"])), ("installed", len(row["holds"])), ("failed", failed)):
+            yield (row["model"], state), number
 
 
 def _suspected(gateway: Gateway) -> float:
@@ -235,6 +246,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("bmoe_registrar_events_total", "counter", ("event",), "Events that the registrar logged.",
         lambda r: (((key[6:],), n) for key, n in r.others.get("registrar", ({}, 0.0))[0].items()
             if key.startswith("event "))),
+    Metric("bmoe_rollout_info", "gauge", ("model", "version", "stage"), "The latest rollout of each model, and its stage.",
+        lambda r: (((row["model"], str(row["version"]), row["stage"]), 1) for row in r.gateway.rollouts.table())),
+    Metric("bmoe_rollout_agents", "gauge", ("model", "state"),
+        "Agents wanted to hold the version, those that say they do, and those that refuse it or failed.",
+        _rollout_agents),
+    Metric("bmoe_rollout_serving_ratio", "gauge", ("model",), "Share of the requests that the new version answers.",
+        lambda r: (((row["model"],), row["share"]) for row in _rollouts(r))),
+    Metric("bmoe_rollouts_ended_total", "counter", ("outcome", "reason"),
+        "Rollouts that ended since the ledger began: done, rolled-back or aborted, and why.",
+        lambda r: r.gateway.rollouts_ended.counts.items()),
     Metric("bmoe_log_events_total", "counter", ("event", "level"), "Events that the coordinator logged.",
         lambda r: logs.counts.items()),
 )  # fmt: skip

@@ -86,12 +86,19 @@ def status(
         if model is None:
             raise InputError("--follow wants the name of a model")
         return _follow(client, model)
-    table = Table("model", "version", "stage", "progress", "in use", "seen", "reason")
-    for row in client.rollouts():
-        if model in (None, row["model"]):
-            facts = (row["model"], str(row["version"]), row["stage"], _bar(row), str(row["in_use"]))
-            table.add_row(*facts, _seen(row), row["reason"])
+    rows = [row for row in client.rollouts() if model in (None, row["model"])]
+    if not rows:
+        if model is not None:
+            raise UnknownError(f"no version of {model} was ever rolled out: bmoe rollout start {model}")
+        out.print("no version of any model was ever rolled out")
+        return
+    table = Table("model", "version", "stage", "agents", "in use", "seen", "reason, or what it waits for")
+    for row in rows:
+        facts = (row["model"], str(row["version"]), row["stage"], _bar(row), str(row["in_use"]))
+        table.add_row(*facts, _seen(row), _why(row))
     out.print(table)
+    for line in [*_lines_of_agents(rows), *_lines_of_ends(client.ended_rollouts(), model)]:
+        out.print(line, markup=False, highlight=False)
 
 
 @rollout_app.command()
@@ -119,8 +126,8 @@ def abort(
 
 
 def progress_of(row: Mapping[str, Any]) -> tuple[int, int]:
-    """How many of all agents hold the version of a rollout's row, and how many there are."""
-    return (row["agents"] if row["stage"] == "done" else len(row.get("holds", ()))), row["agents"]
+    """How many agents in service hold the version of a rollout's row, and how many there are; 0 of 0 once it went back."""
+    return len(row.get("holds", ())), row.get("agents", 0)
 
 
 def _act(model: str, what: str, reason: str, client: Client) -> None:
@@ -141,10 +148,11 @@ def _follow(client: Client, model: str) -> None:
         while True:
             row = next((row for row in client.rollouts() if row["model"] == model), None)
             if row is None:
-                raise UnknownError(f"no rollout of {model}")
+                raise UnknownError(f"no version of {model} was ever rolled out: bmoe rollout start {model}")
             done, whole = progress_of(row)
             shown = f"{model} {row['version']}: {row['stage']}, {done} of {whole} agents"
-            progress.update(task, description=shown, completed=done, total=max(1, whole), seen=_seen(row))
+            seen = ", ".join(filter(None, (_seen(row), _why(row))))
+            progress.update(task, description=shown, completed=done, total=max(1, whole), seen=seen)
             if row["stage"] in ENDED:
                 break
             time.sleep(FOLLOW_S)
@@ -153,8 +161,34 @@ def _follow(client: Client, model: str) -> None:
     out.print(f"{model} version {row['version']} is in use")
 
 
+def _why(row: Mapping[str, Any]) -> str:
+    waits = f"waits for {row['waits']}" if row.get("waits") else ""
+    return row.get("stuck") or row["reason"] or waits
+
+
+def _lines_of_agents(rows: list[dict[str, Any]]) -> list[str]:
+    """Agents that have not got it, or of which something is to be said, a line each."""
+    lines = []
+    for row in rows:
+        found = {**row.get("lacks", {}), **row.get("troubles", {})}
+        lines += [f"{row['model']} {row['version']}: {agent}: {what}" for agent, what in sorted(found.items())]
+    return lines
+
+
+def _lines_of_ends(ends: list[dict[str, Any]], model: str | None) -> list[str]:
+    """Every rollout that did not end well, a line each."""
+    lines = []
+    for end in ends:
+        if end["stage"] != "done" and model in (None, end["model"]):
+            when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(end["at"] / 1000))
+            lines.append(f"{when}  {end['model']} {end['version']} {end['stage']}: {end['reason']}")
+    return lines
+
+
 def _bar(row: Mapping[str, Any], width: int = 12) -> str:
     done, whole = progress_of(row)
+    if not whole:
+        return ""
     full = round(width * done / max(1, whole))
     return f"{'#' * full}{'.' * (width - full)} {done}/{whole}"
 
@@ -172,6 +206,8 @@ def _limits(given: list[str]) -> dict[str, float | int]:
     found: dict[str, float | int] = {}
     for text in given:
         name, _, number = text.partition("=")
+        if name not in (names := [limit.name for limit in fields(Limits)]):
+            raise InputError(f"a limit is one of {', '.join(names)}, as NAME=NUMBER, found {text!r}")
         try:
             found[name] = int(number) if name == "tasks" else float(number)
         except ValueError:

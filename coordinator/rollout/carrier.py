@@ -22,6 +22,10 @@ from coordinator.rollout.parcel import Parcel, pieces
 
 log = structlog.get_logger("rollout")
 TELL_AGAIN_S = 20.0
+# To whoever never says a word the message is repeated more and more seldom.
+TOLD_OFTEN, TELL_SELDOM_S = 9, 600.0
+# An agent installs one version at a time: that of another model's rollout waits so long for its turn.
+TURN_S = 120.0
 PUSH_S = 300.0
 AGAIN_S = 5.0
 
@@ -30,7 +34,8 @@ AGAIN_S = 5.0
 class _Errand:
     """What is under way for one agent of one rollout."""
 
-    told: float = 0.0
+    told: float = -TELL_SELDOM_S
+    times: int = 0
     pushing: asyncio.Task[None] | None = None
     have: dict[str, int] = field(default_factory=dict)
 
@@ -52,6 +57,7 @@ class Carrier:
         self._layout, self._post, self._tell, self._parcel = layout, post, tell, parcel
         self._patience_s, self._asked = patience_s, 0.0
         self._errands: dict[tuple[bytes, str], _Errand] = {}
+        self._turns: dict[str, tuple[bytes, float]] = {}
 
     def bring(self, rollout: Rollout, agents: list[str], over: str) -> None:
         """See to it that these agents, who lack the version, get it; called again and again, costs nothing meanwhile."""
@@ -62,9 +68,11 @@ class Carrier:
         carrier = "flower" if post is not None and over == "auto" else "https"
         nodes = read_nodes(self._layout) if carrier == "flower" else {}
         for agent in agents:
+            if not self._has_turn(agent, rollout.rollout, now):
+                continue
             errand = self._errands.setdefault((rollout.rollout, agent), _Errand())
-            if now - errand.told >= TELL_AGAIN_S:
-                errand.told = now
+            if now - errand.told >= (TELL_AGAIN_S if errand.times < TOLD_OFTEN else TELL_SELDOM_S):
+                errand.told, errand.times = now, errand.times + 1
                 self._tell(agent, rollout, carrier)
             node = nodes.get(agent)
             if node is None or post is None or node.node not in post.nodes:
@@ -72,12 +80,29 @@ class Carrier:
             if errand.pushing is None or errand.pushing.done():
                 errand.pushing = asyncio.ensure_future(self._push(post, rollout, agent, node.node, errand))
 
+    def _has_turn(self, agent: str, rollout: bytes, now: float) -> bool:
+        """Whether an agent may be told of this rollout: what it is told replaces what it has in work."""
+        whose, since = self._turns.get(agent, (rollout, now))
+        if whose != rollout and now - since < TURN_S:
+            return False
+        self._turns[agent] = (rollout, since if whose == rollout else now)
+        return True
+
     def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
-        """These agents have what they need, or the rollout has ended."""
+        """These agents have what they need, or are away; or the rollout has ended."""
         for key in [k for k in self._errands if k[0] == rollout and (agents is None or k[1] in agents)]:
             errand = self._errands.pop(key)
-            if agents is None and errand.pushing is not None:
+            if errand.pushing is not None:
                 errand.pushing.cancel()
+            if self._turns.get(key[1], (b"", 0.0))[0] == rollout:
+                del self._turns[key[1]]
+
+    async def close(self) -> None:
+        """End what is being pushed."""
+        pushing = [errand.pushing for errand in self._errands.values() if errand.pushing is not None]
+        for task in pushing:
+            task.cancel()
+        await asyncio.gather(*pushing, return_exceptions=True)
 
     async def _push(self, post: Post, rollout: Rollout, agent: str, node: int, errand: _Errand) -> None:
         """Push until nothing lacks. What is lost on the way is pushed again from where the agent's copy ends."""

@@ -28,7 +28,7 @@ from coordinator.identity.shelf import open_repository
 from coordinator.receipts import Receipts
 from coordinator.rollout.carrier import Carrier
 from coordinator.rollout.driver import Rollouts
-from coordinator.rollout.parcel import Parcel, make_parcel
+from coordinator.rollout.parcel import Parcel, make_parcel, sweep
 from coordinator.state_layout import StateLayout
 
 log = structlog.get_logger("rollout")
@@ -81,6 +81,8 @@ class Carrying:
 
     async def stop(self) -> None:
         """Hang up."""
+        if self._rollouts.carrier is not None:
+            await self._rollouts.carrier.close()
         if self._post is not None:
             await self._post.stop()
 
@@ -98,8 +100,9 @@ class Carrying:
         async with self._making:
             made, parcel = self._parcels.get(rollout.rollout, (0.0, None))
             if parcel is None or time.monotonic() - made > PARCEL_S:
-                ended = {r.rollout for r in self._state.rollouts.values() if r.stage in ENDED}
-                self._parcels = {key: value for key, value in self._parcels.items() if key not in ended}
+                kept = {r.rollout for r in self._state.rollouts.values() if r.stage not in ENDED} | {rollout.rollout}
+                self._parcels = {key: value for key, value in self._parcels.items() if key in kept}
+                await asyncio.to_thread(sweep, self._flower.folder / "out", {key.hex() for key in kept})
                 parcel = await self._make(rollout)
                 self._parcels[rollout.rollout] = (time.monotonic(), parcel)
             return parcel

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,13 @@ def make_parcel(
         if not path.is_file() or path.stat().st_size != size:
             fetch(repository, sha256, folder)
     return Parcel(small, tuple(blobs.items()), folder)
+
+
+def sweep(out: Path, kept: Collection[str]) -> None:
+    """Remove the small files of rollouts that have ended: the folders under `out` whose names are not kept."""
+    for folder in out.iterdir() if out.is_dir() else ():
+        if folder.name not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def pieces(parcel: Parcel, have: Mapping[str, int], room: int = PIECE_BYTES) -> list[list[object]]:

@@ -13,6 +13,8 @@ from bmoe.protocol.errors import InputError
 from coordinator.rollout.health import Limits
 
 DAY_MIN = 24 * 60
+# An entry of the ledger has 16 KiB; a wave that is larger is not spelled out there whole.
+WAVE_NAMES, WAVE_BYTES = 1024, 15_000
 SELECTORS = ("name", "board", "owner", "label")
 _WINDOW = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
@@ -40,7 +42,8 @@ class Plan:
 
     `canary` is a number of agents, or selectors such as "board:Raspberry Pi 5", "label:lab", "owner:alice",
     "name:edge-01" that agents of the first wave meet, any of them. `windows` are times of day, UTC, outside of which no
-    wave begins; a rollback waits for none. A wave is watched for `soak_s` once its agents hold the version.
+    wave begins and no agent is told to install; a rollback waits for none. A wave is watched for `soak_s` in which its
+    agents hold the version.
     """
 
     canary: tuple[str, ...] = ()
@@ -83,9 +86,9 @@ def parse_plan(given: Mapping[str, Any]) -> Plan:
 def _typed(cls: type[Any], given: Mapping[str, Any]) -> Any:
     known = {f.name: f for f in fields(cls)}
     if not isinstance(given, Mapping) or (strange := sorted(set(given) - set(known))):
-        raise InputError(
-            f"a rollout's plan has no {', '.join(map(str, strange)) if isinstance(given, Mapping) else given!r}"
-        )
+        what = "limits" if cls is Limits else "plan"
+        found = ", ".join(map(str, strange))[:80] if isinstance(given, Mapping) else repr(given)[:80]
+        raise InputError(f"a rollout's {what} may have {', '.join(known)}; found {found}")
     values = {}
     for name, value in given.items():
         expected = str(known[name].type)
@@ -131,7 +134,7 @@ def first_wave(plan: Plan, agents: Iterable[Agent]) -> list[str]:
     """The canaries: fit agents that are online, those that meet the selectors, or as many as were asked for."""
     fit = sorted((a for a in agents if a.fit and a.online), key=lambda a: a.name)
     chosen = [a for a in fit if meets(a, plan.canary)] if plan.canary else fit
-    return [a.name for a in chosen[: None if plan.canary else plan.canary_count]]
+    return _fitting([a.name for a in chosen[: None if plan.canary else plan.canary_count]])
 
 
 def second_wave(plan: Plan, wave: Iterable[str], agents: Iterable[Agent]) -> list[str]:
@@ -139,4 +142,25 @@ def second_wave(plan: Plan, wave: Iterable[str], agents: Iterable[Agent]) -> lis
     fit = sorted((a for a in agents if a.fit), key=lambda a: (not a.online, a.name))
     before = list(wave)
     more = [a.name for a in fit if a.name not in set(before)]
-    return before + more[: max(0, math.ceil(plan.share * len(fit)) - len(before))]
+    return _fitting(before + more[: max(0, math.ceil(plan.share * len(fit)) - len(before))])
+
+
+def check_met(plan: Plan, agents: Iterable[Agent]) -> None:
+    """Raise InputError for a selector that no agent in service meets, online or not: its canaries would never come."""
+    fit = [agent for agent in agents if agent.fit]
+    for selector in plan.canary:
+        if not any(meets(agent, (selector,)) for agent in fit):
+            kind = selector.partition(":")[0]
+            there = ", ".join(sorted({getattr(agent, kind) for agent in fit} - {""})) or "none"
+            raise InputError(f"no agent in service meets {selector!r}; of {kind} there are: {there[:200]}")
+
+
+def _fitting(names: list[str]) -> list[str]:
+    """As many of the names as an entry has room for."""
+    room, count = WAVE_BYTES, 0
+    for name in names[:WAVE_NAMES]:
+        room -= len(name) + 2
+        if room < 0:
+            break
+        count += 1
+    return names[:count]

@@ -2,19 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import structlog
 
 from bmoe.ledger.rules.released import ReleasedModel
+from bmoe.protocol.errors import BmoeError, UnavailableError
 from bmoe.protocol.tensors import Tensor, take_rows
 from coordinator.jobs import Answered, Request
+from coordinator.rollout.course import Course
 
+log = structlog.get_logger("rollout")
+# Requests tried on the new version as well while the canaries are watched.
+PER_S = 8.0
+AT_ONCE = 4
 TENANT = "rollout"
 ROWS_MAX = 8
 # Outputs of numbers differ when they are further apart than this share of the larger one.
 RELATIVE = 0.1
+
+
+class Trials:
+    """`trial(request)` has a request answered for nobody."""
+
+    def __init__(
+        self,
+        trial: Callable[[Request], Awaitable[Sequence[Tensor]]],
+        spawn: Callable[[Awaitable[None]], object],
+    ) -> None:
+        self._trial, self._spawn = trial, spawn
+
+    def begin(self, answered: Answered, model: ReleasedModel, course: Course) -> None:
+        """Try an answered request on the new version too, unless enough are being tried."""
+        now = time.monotonic()
+        if course.trials < AT_ONCE and now - course.tried >= 1 / PER_S:
+            course.tried = now
+            self._spawn(self._try(answered, model, course))
+
+    async def _try(self, answered: Answered, model: ReleasedModel, course: Course) -> None:
+        course.trials += 1
+        watch = course.watch  # of the stage in which it was begun
+        rows = min(answered.request.rows, ROWS_MAX)
+        try:
+            request = trial_request(answered, model)
+            found = await self._trial(request)
+            watch.answered()
+            if comparable(answered.request.model, model):
+                watch.compared(request.rows, differing(answered.result.tensors, found, request.rows))
+        except UnavailableError as error:  # the watch has seen the task that failed
+            log.info("trial_failed", model=model.name, version=model.statement.version, error=str(error))
+        except BmoeError as error:  # its gate fails, or it does not take what the version in use takes
+            log.info("trial_failed", model=model.name, version=model.statement.version, error=str(error))
+            watch.answered()
+            watch.compared(rows, rows)
+        finally:
+            course.trials -= 1
 
 
 def trial_request(answered: Answered, model: ReleasedModel) -> Request:
@@ -28,11 +73,11 @@ def trial_request(answered: Answered, model: ReleasedModel) -> Request:
 
 
 def comparable(old: ReleasedModel, new: ReleasedModel) -> bool:
-    """Whether both versions take and give tensors of the same names, types and shapes."""
+    """Whether both versions give tensors of the same names, types and shapes."""
 
     def shape(model: ReleasedModel) -> object:
         expert = model.experts[0]
-        return expert.batch, expert.inputs, [output[:3] for output in expert.outputs]
+        return expert.batch, [output[:3] for output in expert.outputs]
 
     return shape(old) == shape(new)
 

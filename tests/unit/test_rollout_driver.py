@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import pytest
 from ledger_fixtures import TOY
 from rules_helpers import founded
 
-from bmoe.ledger.rules.entries import Rollout
-from bmoe.protocol.errors import RefusedError, UnknownError
-from bmoe.protocol.messages import Installed
+from bmoe.ledger.rules.entries import Rollout, Withdrawal
+from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError, UnknownError
+from bmoe.protocol.messages import Installed, ModelRelease
 from coordinator.catalogue import Catalogue
 from coordinator.fleet import Fleet
+from coordinator.rollout.course import TURN_S
 from coordinator.rollout.driver import Rollouts
 from coordinator.rollout.health import Limits
 from coordinator.rollout.plan import Plan
@@ -30,7 +32,9 @@ class World:
     """A ledger with version 1 of `toy` in use and version 2 published; a driver; what it had carried to whom."""
 
     def __init__(self, folder: Path) -> None:
-        self.ledger, self.folder = founded(), folder
+        self.ledger, self.folder, self.final = founded(), folder, True
+        self.stalled: BmoeError | None = None
+        self.seq = 0
         self.ledger.enter("registrar", self.ledger.release(NEW, "toy-new"), self.ledger.model([NEW], version=2))
         self.fleet = Fleet(self.ledger.state, folder / "fleet.json")
         for agent in self.ledger.agents:
@@ -42,6 +46,8 @@ class World:
         self.brought: list[str] = []
 
         async def enter(fields: dict[str, Any]) -> None:
+            if self.stalled is not None:
+                raise self.stalled
             self.ledger.enter("coordinator", (Rollout, fields))
 
         async def trial(request: Any) -> Any:
@@ -50,8 +56,11 @@ class World:
         def spawn(work: Awaitable[None]) -> object:
             return asyncio.ensure_future(work)
 
+        def final(version: ModelRelease) -> bool:
+            return self.final
+
         catalogue, plans = Catalogue(self.ledger.state), Plans(self.folder / "rollouts.json")
-        driver = Rollouts(self.ledger.state, self.fleet, catalogue, plans, enter, trial, spawn, at_once=2)
+        driver = Rollouts(self.ledger.state, self.fleet, catalogue, plans, enter, trial, spawn, 2, final)
         driver.carrier = self  # type: ignore[assignment]
         return driver
 
@@ -59,19 +68,34 @@ class World:
         self.brought = agents
 
     def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
-        self.brought = []
+        if agents is None:
+            self.brought = []
 
     async def look(self, times: int = 1) -> Rollout:
-        """So many of the driver's seconds; where the rollout stands then."""
+        """So many of the driver's looks; where the rollout stands then."""
         for _ in range(times):
-            await self.driver._look(self.ledger.state.rollouts["toy"])
+            await self.driver.look("toy")
         return self.ledger.state.rollouts["toy"]
 
-    def says(self, agent: str, state: str, reason: str = "") -> None:
+    @property
+    def row(self) -> dict[str, Any]:
+        """The rollout as operators see it."""
+        (row,) = self.driver.table()
+        return row
+
+    async def share(self) -> None:
+        """A rollout that has come to its share, and serves."""
+        await self.driver.start("toy", 2, AT_ONCE)
+        while (await self.look()).stage != "share" or not self.row["share"]:
+            for agent in self.brought:
+                self.says(agent, "installed")
+
+    def says(self, agent: str, state: str, reason: str = "", seq: int = 0) -> None:
         """An agent's word on the rollout."""
         rollout = self.ledger.state.rollouts["toy"].rollout
+        self.seq += 1
         header = Installed(
-            **self.ledger.common(agent, 1), rollout=rollout, model="toy", version=2, state=state, reason=reason,
+            **self.ledger.common(agent, seq or self.seq), rollout=rollout, model="toy", version=2, state=state, reason=reason,
             carrier="https",
         )  # fmt: skip
         self.driver.on_installed(agent, header)
@@ -91,7 +115,7 @@ def world(tmp_path: Path) -> World:
 
 
 async def test_the_canary_gets_the_version_and_nobody_is_answered_by_it(world: World) -> None:
-    await world.driver.start("toy", 2, AT_ONCE)
+    await world.driver.start("toy", 2, replace(AT_ONCE, soak_s=3600.0))
     entry = await world.look()
     assert (entry.stage, entry.wave) == ("canary", ("agent-1",)) and world.brought == ["agent-1"]
     assert world.asked(NEW) == set(), "a task for what nobody holds is the referee's"
@@ -128,7 +152,10 @@ async def test_a_refusal_goes_back_with_its_reason_on_the_ledger(world: World) -
     await world.look()
     world.says("agent-1", "refused", "self-test: y differs by 3")
     entry = await world.look()
-    assert (entry.stage, entry.reason) == ("rolled-back", "canary: agent-1 refuses it: self-test: y differs by 3")
+    assert (entry.stage, entry.reason) == (
+        "rolled-back",
+        "canary: refused: agent-1 refuses it: self-test: y differs by 3",
+    )
     assert world.answers() == {1} and world.ledger.state.models["toy"].version == 1
 
 
@@ -152,25 +179,29 @@ async def test_a_coordinator_that_was_killed_goes_on_and_asks_again_who_holds_it
     assert world.driver.table()[0]["tasks_needed"] == Plan().limits.tasks
 
 
-async def test_agents_that_are_away_for_days_hold_up_nobody_and_are_told_when_they_are_back(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_agents_that_are_away_for_days_hold_up_nobody_and_get_it_when_they_are_back(world: World) -> None:
     world.fleet.of("agent-5").online = False
-    await world.driver.start("toy", 2, Plan(canary_count=5, share=1.0, soak_s=86_400.0, limits=Limits(tasks=0)))
-    entry = await world.look()
-    while world.brought:
+    await world.driver.start("toy", 2, Plan(canary_count=5, share=1.0, soak_s=0.0, limits=Limits(tasks=0)))
+    for _ in range(20):
+        entry = await world.look()
         for agent in world.brought:
             world.says(agent, "installed")
-        entry = await world.look()
-    assert len(entry.wave) == 4
-    days = time.time() + 3 * 86_400.0
-    monkeypatch.setattr(time, "time", lambda: days)
-    await world.look(2)
-    entry = await world.look()
-    assert entry.stage == "share" and "agent-5" in entry.wave and world.brought == []
+        if entry.stage == "done":
+            break
+    await world.look()
+    assert entry.reason == "4 of 5 agents hold it" and world.answers() == {2} and world.brought == []
+    world.driver = world.started()  # nobody is asked again what he has said
+    await world.look()
+    assert world.brought == [] and len(world.row["holds"]) == 4
     world.fleet.of("agent-5").online = True
     await world.look()
     assert world.brought == ["agent-5"]
+    world.says("agent-5", "failed", "metadata: the repository's metadata is out of date")
+    await world.look()
+    assert world.brought == ["agent-5"] and "out of date" in world.row["lacks"]["agent-5"]
+    world.says("agent-5", "installed")
+    await world.look()
+    assert world.brought == [] and len(world.row["holds"]) == 5
 
 
 async def test_a_paused_rollout_answers_nobody_and_brings_nothing(world: World) -> None:
@@ -204,3 +235,169 @@ async def test_what_is_not_on_the_ledger_is_not_rolled_out(world: World) -> None
         await world.driver.start("toy", 9, AT_ONCE)
     with pytest.raises(UnknownError):
         await world.driver.start("nothing", None, AT_ONCE)
+    with pytest.raises(RefusedError, match="toy version 2 is the newest, and in use: publish another"):
+        await world.driver.start("toy", None, AT_ONCE)
+    assert world.answers() == {2}, "started once more by mistake, it took the version in use out of use"
+    with pytest.raises(InputError, match="no agent in service meets 'label:lap'"):
+        await world.driver.start("toy", 2, Plan(canary=("label:lap",)))
+    assert "toy" not in world.ledger.state.rollouts
+    world.ledger.enter("registrar", withdrawal(2, NEW))
+    with pytest.raises(RefusedError, match="toy version 2 is withdrawn: wrong labels"):
+        await world.driver.start("toy", 2, AT_ONCE)
+
+
+def withdrawal(version: int, digest: bytes) -> Any:
+    return Withdrawal, {"model": "toy", "version": version, "digests": (digest,), "reason": "wrong labels"}
+
+
+async def test_a_version_withdrawn_while_it_is_rolled_out_answers_nobody_from_then_on(world: World) -> None:
+    await world.share()
+    assert world.answers() == {1, 2}
+    world.ledger.enter("registrar", withdrawal(2, NEW))
+    assert world.answers() == {1}, "before the driver has even looked"
+    entry = await world.look()
+    assert (entry.stage, entry.reason) == ("aborted", "withdrawn: wrong labels") and world.answers() == {1}
+
+
+async def test_with_no_version_to_go_back_to_it_ends_and_says_what_to_do(world: World) -> None:
+    await world.share()
+    world.ledger.enter("registrar", withdrawal(1, TOY))
+    entry = await world.look()
+    assert entry.stage == "rolled-back" and "no-fallback" in entry.reason and "--serve" in entry.reason
+    with pytest.raises(RefusedError, match="--serve"):
+        await world.driver.start("toy", 2, AT_ONCE)
+
+
+async def test_a_version_whose_entry_is_not_final_is_brought_to_nobody(world: World) -> None:
+    world.final = False
+    await world.driver.start("toy", 2, AT_ONCE)
+    entry = await world.look(3)
+    assert entry.wave == () and world.brought == [] and "final" in world.row["waits"]
+    world.final = True
+    assert (await world.look()).wave == ("agent-1",)
+
+
+async def test_a_stalled_ledger_and_a_full_disk_stop_no_rollback(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.share()
+    monkeypatch.setattr("coordinator.rollout.store.write_durably", full_disk)
+    world.stalled = UnavailableError("the ledger engine is away")
+    for agent in ("agent-1", "agent-2", "agent-3"):
+        world.says(agent, "refused", "self-test: y differs by 3")
+    entry = await world.look()
+    assert entry.stage == "share" and world.answers() == {1}, "it still answered while the ledger was away"
+    assert "the ledger engine is away" in world.row["stuck"]
+    world.stalled = None
+    assert (await world.look()).stage == "rolled-back" and world.row["stuck"] == ""
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+async def test_a_coordinator_killed_before_its_rollback_was_entered_enters_it_at_the_next_start(world: World) -> None:
+    await world.share()
+    world.stalled = UnavailableError("the ledger engine is away")
+    world.says("agent-1", "refused", "self-test: y differs by 3")
+    world.says("agent-2", "refused", "self-test: y differs by 3")
+    await world.look()
+    world.stalled, world.driver = None, world.started()
+    entry = await world.look()
+    assert entry.stage == "rolled-back" and "self-test: y differs by 3" in entry.reason
+
+
+@pytest.mark.parametrize("stage", ["canary", "share", "all", "paused"])
+async def test_a_coordinator_killed_in_any_stage_an_hour_into_the_wave_rolls_nothing_back(
+    world: World, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    plan = Plan(canary_count=2, share=0.9, soak_s=3600.0, limits=Limits(tasks=0))
+    await world.driver.start("toy", 2, plan)
+    entry = await world.look()
+    while entry.stage != ("share" if stage == "paused" else stage):
+        for agent in world.brought:
+            world.says(agent, "installed")
+        course = world.driver._courses[entry.rollout]
+        course.progress = replace(course.progress, watched=3600.0)
+        entry = await world.look()
+    if stage == "paused":
+        await world.driver.act("toy", "pause", "")
+    wave = world.ledger.state.rollouts["toy"].wave
+    course = world.driver._courses[entry.rollout]
+    course.progress = replace(course.progress, waited=3600.0, watched=max(1.0, course.progress.watched))
+    await world.driver._keep_course(entry, course)
+    later = time.time() + 86_400
+    monkeypatch.setattr(time, "time", lambda: later)
+    for agent in world.ledger.agents:  # nobody has said yet that it is there
+        world.fleet.of(agent).online = False
+    world.driver = world.started()
+    entry = await world.look(3)
+    assert (entry.stage, entry.wave) == (stage, wave)
+
+
+async def test_the_driver_survives_a_fault_of_its_own_and_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.driver.start("toy", 2, AT_ONCE)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.driver, "_bring", lambda *_: 1 / 0)
+        await world.look(2)
+        assert "ZeroDivisionError" in world.row["stuck"]
+    await world.look(2)
+    assert world.row["stuck"] == "" and world.brought == ["agent-1"]
+
+
+async def test_silent_agents_make_room_for_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.driver.start("toy", 2, Plan(canary_count=4, soak_s=0.0))
+    await world.look(3)
+    assert world.brought == ["agent-1", "agent-2"]
+    now = time.monotonic() + TURN_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    await world.look()
+    assert world.brought == ["agent-3", "agent-4"]
+
+
+async def test_nobody_installs_outside_of_the_window(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    midnight = 1_800_014_400.0 + 12 * 3600
+    monkeypatch.setattr(time, "time", lambda: midnight)
+    await world.driver.start("toy", 2, replace(AT_ONCE, windows=("23:00-01:00",)))
+    await world.look()
+    assert world.brought == ["agent-1"]
+    world.brought = []
+    monkeypatch.setattr(time, "time", lambda: midnight + 3 * 3600)
+    await world.look()
+    assert world.brought == [] and world.row["waits"] == "1 of 1 agents to install it, in its window 23:00-01:00 UTC"
+
+
+async def test_an_old_word_of_an_agent_does_not_come_back(world: World) -> None:
+    await world.driver.start("toy", 2, AT_ONCE)
+    await world.look()
+    world.says("agent-1", "installed", seq=5)
+    world.says("agent-1", "refused", "replayed by the broker", seq=4)
+    assert (await world.look()).stage != "rolled-back"
+
+
+async def test_an_expert_that_another_model_uses_as_well_stays_everybody_s(world: World) -> None:
+    await world.driver.start("toy", 2, AT_ONCE)
+    await world.look(2)
+    assert world.asked(NEW) == set()
+    other = replace(world.ledger.state.versions["toy", 2], model="other")
+    world.ledger.state.models["other"] = other
+    await world.look()
+    assert len(world.asked(NEW)) == 5
+
+
+async def test_after_a_rollback_the_version_is_given_to_nobody_new(world: World) -> None:
+    await world.share()
+    holders = world.asked(NEW)
+    await world.driver.act("toy", "abort", "")
+    await world.look()
+    assert world.asked(NEW) == holders != set()
+
+
+async def test_what_is_held_for_its_rollout_is_begun_by_start_and_not_by_resume(world: World) -> None:
+    third = bytes(31) + b"\x09"
+    held = {"rollout": bytes(16), "model": "toy", "version": 3, "wave": (), "stage": "paused", "reason": ""}
+    entries = world.ledger.release(third, "toy-3"), world.ledger.model([third], version=3), (Rollout, held)
+    world.ledger.enter("registrar", *entries)
+    with pytest.raises(RefusedError, match="has not begun: bmoe rollout start"):
+        await world.driver.act("toy", "resume", "")
+    assert (await world.driver.start("toy", None, AT_ONCE)).version == 3

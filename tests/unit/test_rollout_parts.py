@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bmoe.ledger.rules.entries import Rollout
+from bmoe.ledger.rules.fold import Applied
+from bmoe.ledger.rules.state import Event
 from bmoe.protocol.messages import Update
 from bmoe.protocol.tensors import Tensor
+from coordinator.rollout.health import KINDS
+from coordinator.rollout.history import History
 from coordinator.rollout.machine import Progress
-from coordinator.rollout.parcel import Parcel, pieces
+from coordinator.rollout.parcel import Parcel, pieces, sweep
 from coordinator.rollout.plan import Plan
-from coordinator.rollout.store import Plans
+from coordinator.rollout.store import KEPT, Plans
 from coordinator.rollout.trial import differing
 from edge_agent.wanted import Result, Wanted, read_result, read_wanted, wanted_of, write_result, write_wanted
 
@@ -61,6 +66,15 @@ def test_the_small_files_travel_with_every_message(tmp_path: Path) -> None:
     assert pieces(parcel, {})[0] == small and pieces(parcel, {"a" * 64: 10}) == [small]
 
 
+def test_what_was_laid_out_for_a_rollout_that_ended_is_swept_away(tmp_path: Path) -> None:
+    for name in ("aa", "bb"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "file").write_bytes(b"x")
+    sweep(tmp_path / "out", {"bb"})
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bb"]
+    sweep(tmp_path / "nothing", ())
+
+
 # Trials.
 
 
@@ -101,21 +115,69 @@ ENTRY = Rollout(
 def test_a_driver_that_was_killed_goes_on_where_the_ledger_says(tmp_path: Path) -> None:
     path = tmp_path / "rollouts.json"
     plans, plan = Plans(path), Plan(share=0.5, windows=("01:00-02:00",))
-    kept = Progress("share", ("edge-01",), since=7.0, held=9.0, before="canary")
-    plans.put(ENTRY.rollout, plan, kept)
+    kept = Progress("share", ("edge-01",), waited=7.0, watched=9.0, before="canary")
+    plans.put(ENTRY.rollout, plan, kept, ["edge-01"])
     again = Plans(path)
-    assert again.plan(ENTRY.rollout) == plan and again.progress(ENTRY, 100.0) == kept
-    moved = replace(ENTRY, stage="all", wave=("edge-01", "edge-02"))  # entered, and killed before it was kept
-    assert again.progress(moved, 100.0) == Progress("all", ("edge-01", "edge-02"), since=100.0)
+    assert again.plan(ENTRY.rollout) == plan and again.progress(ENTRY) == kept
+    assert again.holders(ENTRY.rollout) == ["edge-01"]
+    moved = replace(ENTRY, stage="all")  # entered, and killed before it was kept
+    assert again.progress(moved) == Progress("all", ("edge-01",))
 
 
-@pytest.mark.parametrize("damaged", [b"", b"[]", b"{", b'{"%s": {"plan": {"speed": 9}, "progress": 4}}' % (b"72" * 16)])
+@pytest.mark.parametrize(
+    ("kept", "entered", "goes_on"),
+    [
+        ("rolled-back", "share", "rolled-back"), ("aborted", "canary", "aborted"), ("aborted", "paused", "aborted"),
+        ("paused", "share", "paused"), ("all", "share", "all"), ("done", "all", "done"),
+        ("canary", "share", "share"), ("all", "canary", "canary"), ("done", "share", "share"), ("share", "paused", "paused"),
+    ],
+)  # fmt: skip
+def test_a_step_that_was_decided_and_never_entered_is_entered_at_the_next_start(
+    tmp_path: Path, kept: str, entered: str, goes_on: str
+) -> None:
+    plans = Plans(tmp_path / "rollouts.json")
+    plans.put(ENTRY.rollout, Plan(), Progress(kept, ("edge-01", "edge-02"), "why", before="share"))
+    found = Plans(tmp_path / "rollouts.json").progress(replace(ENTRY, stage=entered))
+    assert found.stage == goes_on
+    other = replace(ENTRY, stage=entered, wave=("edge-09",))
+    assert plans.progress(other).stage == entered, "of another wave it says nothing"
+
+
+def test_of_many_rollouts_those_that_have_ended_are_forgotten_first(tmp_path: Path) -> None:
+    plans = Plans(tmp_path / "rollouts.json")
+    plans.put(ENTRY.rollout, Plan(share=0.7), Progress("share", ("edge-01",)))
+    for i in range(KEPT + 5):
+        plans.put(i.to_bytes(16, "big"), Plan(), Progress("done"))
+    assert Plans(tmp_path / "rollouts.json").plan(ENTRY.rollout).share == 0.7
+
+
+@pytest.mark.parametrize("damaged", [b"", b"[]", b"{", b'{"%s": {"plan": {"speed": 9}, "progress": 4}}' % (b"72" * 16),
+    b'{"%s": {"progress": {"stage": "share", "wave": 7, "reason": "", "waited": 1e999, "watched": 0}}}' % (b"72" * 16),
+])  # fmt: skip
 def test_a_damaged_file_of_plans_costs_the_plan_and_not_the_rollout(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "rollouts.json"
     path.write_bytes(damaged)
     plans = Plans(path)
     assert plans.plan(ENTRY.rollout) == Plan()
-    assert plans.progress(ENTRY, 100.0) == Progress("share", ("edge-01",), since=100.0)
+    assert plans.progress(ENTRY) == Progress("share", ("edge-01",))
+    assert plans.holders(ENTRY.rollout) == []
+
+
+# How they ended.
+
+
+def test_every_end_is_counted_by_its_kind() -> None:
+    history = History()
+    ends = {
+        ("done", "10 of 10 agents hold it"): "none", ("aborted", "labels swapped"): "operator",
+        ("aborted", "withdrawn: wrong labels"): "withdrawn", ("rolled-back", "of another time"): "other",
+        **{("rolled-back", f"canary: {kind}: as it is said"): kind for kind in KINDS},
+    }  # fmt: skip
+    for stage, reason in [*ends, ("canary", "")]:
+        facts = {"rollout": b"r" * 16, "model": "toy", "version": 2, "stage": stage, "reason": reason}
+        history.on_applied(Applied((), (), (Event("rollout", facts),)), 7)
+    assert history.counts == Counter((stage, kind) for (stage, _), kind in ends.items())
+    assert len(history.ends) == len(ends) and history.ends[0]["at"] == 7
 
 
 UPDATE = Update(
