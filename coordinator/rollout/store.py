@@ -55,7 +55,7 @@ class Plans:
                 str(kept["stage"]), tuple(map(str, kept["wave"])), str(kept["reason"]), _seconds(kept["waited"]),
                 _seconds(kept["watched"]), str(kept["before"]),
             )  # fmt: skip
-        except (LookupError, TypeError, ValueError):
+        except (LookupError, TypeError, InputError):
             return known
         if before.before not in UNDER_WAY or before.wave[: len(known.wave)] != known.wave:
             return known
@@ -103,5 +103,5 @@ def _ahead(kept: Progress, known: Progress) -> bool:
 
 def _seconds(value: Any) -> float:
     if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ValueError(value)
+        raise InputError(f"seconds are a number of at least 0, found {value!r}")
     return float(value)
