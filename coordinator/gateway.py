@@ -320,7 +320,7 @@ class Gateway:
             if self.fleet.eligible(()):
                 break
             await asyncio.sleep(AGENTS_LOOK_S)
-        await self.recovery.finish(lambda request: self.answerer.answer(request, again=True))
+        await self.recovery.finish(lambda r: self.answerer.answer(self.rollouts.again(r), again=True))
 
     def _on_applied(self, message: StreamMessage, applied: Applied) -> None:
         self.finality.on_applied(applied)

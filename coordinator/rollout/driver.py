@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -175,6 +176,15 @@ class Rollouts:
         if entry is not None and course is not None and model.statement.version == entry.version:
             course.watch.answered()
             course.watch.compared(rows, rows)
+
+    def again(self, request: Request) -> Request:
+        """A request that an earlier run accepted, for the version in use where its own has been stopped meanwhile."""
+        model = request.model
+        key, entry = (model.name, model.statement.version), self._under(model.name)[0]
+        serving = entry is not None and entry.version == key[1] and entry.stage in SERVING
+        if serving or not (key in self.state.held or key in self.state.withdrawn_versions):
+            return request
+        return replace(request, model=self._catalogue.get(model.name))
 
     def closed(self, *facts: Any) -> None:
         """A task was decided: see `Watch.closed`."""

@@ -16,7 +16,7 @@ from bmoe.protocol.errors import InputError
 
 LATENCIES_KEPT = 64
 # So many latencies are needed before they say anything; of one agent, so many to be measured by its own past.
-SAMPLES, OWN_SAMPLES = 10, 5
+SAMPLES, OWN_SAMPLES = 10, 10
 # Why a rollout goes back: behind the stage, the first word of the reason that is entered.
 KINDS = ("refused", "dissent", "failures", "latency", "disagreement", "not-installed", "no-fallback")
 
@@ -36,7 +36,7 @@ class Limits:
     dissent: float = 0.05
     failures: float = 0.05
     latency: float = 3.0
-    latency_s: float = 0.05
+    latency_s: float = 0.1
     disagreement: float = 0.3
 
     def __post_init__(self) -> None:
@@ -179,7 +179,7 @@ def _slowness(new: Figures, used: Figures, limits: Limits, owners: Mapping[str, 
         left = sorted(pools, key=lambda pool: _p95(pool[0]) / max(_p95(pool[1]), 1e-9))
         left = left[: len(left) - math.floor(limits.minority * len(left))]
         now, before = ([s for pool in left for s in pool[i]] for i in (0, 1))
-        if len(now) < max(1, min(SAMPLES, limits.tasks)) or len(before) < max(1, min(SAMPLES, limits.tasks)):
+        if min(len(now), len(before)) < SAMPLES:
             return ""
         slow = max(limits.latency * _p95(before), _p95(before) + limits.latency_s)
         if _p95(now) <= slow:

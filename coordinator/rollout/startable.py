@@ -5,6 +5,7 @@ from __future__ import annotations
 from bmoe.ledger.rules.releases import under_way
 from bmoe.ledger.rules.state import State
 from bmoe.protocol.errors import RefusedError, UnknownError
+from bmoe.protocol.messages import Release
 
 
 def startable(state: State, model: str, version: int | None) -> int:
@@ -28,4 +29,17 @@ def startable(state: State, model: str, version: int | None) -> int:
         raise RefusedError(f"{model} version {known.version} is held for its rollout: start or abort that first")
     if used is None:
         raise RefusedError(f"no version of {model} is in use to go back to: publish the next one with --serve")
+    new = state.versions[model, wanted]
+    mine, other = (_interface(state.releases[version.experts[0]]) for version in (new, used))
+    if mine != other:
+        raise RefusedError(
+            f"{model} version {wanted} has {mine}, version {used.version} in use has {other}: clients would meet one or the"
+            " other; publish it as another model, or with --serve"
+        )
     return wanted
+
+
+def _interface(expert: Release) -> str:
+    """The names and types that clients have to know."""
+    given, gives = (", ".join(f"{t[0]} {t[1]}" for t in tensors) for tensors in (expert.inputs, expert.outputs))
+    return f"{given} -> {gives}"

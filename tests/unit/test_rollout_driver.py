@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,18 @@ from ledger_fixtures import TOY
 from rules_helpers import founded
 
 from bmoe.ledger.rules.entries import Rollout, Withdrawal
+from bmoe.ledger.rules.fold import Applied
+from bmoe.ledger.rules.state import Event
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError, UnknownError
 from bmoe.protocol.messages import Installed, ModelRelease
 from coordinator.catalogue import Catalogue
 from coordinator.fleet import Fleet
+from coordinator.jobs import Request
+from coordinator.metrics import METRICS
 from coordinator.rollout.course import TURN_S
 from coordinator.rollout.driver import Rollouts
 from coordinator.rollout.health import Limits
+from coordinator.rollout.history import History
 from coordinator.rollout.plan import Plan
 from coordinator.rollout.store import Plans
 
@@ -401,3 +407,39 @@ async def test_what_is_held_for_its_rollout_is_begun_by_start_and_not_by_resume(
     with pytest.raises(RefusedError, match="has not begun: bmoe rollout start"):
         await world.driver.act("toy", "resume", "")
     assert (await world.driver.start("toy", None, AT_ONCE)).version == 3
+
+
+async def test_what_a_killed_coordinator_had_in_work_is_not_answered_by_a_version_that_was_stopped(
+    world: World,
+) -> None:
+    await world.share()
+    catalogue = Catalogue(world.ledger.state)
+    given = [
+        Request(bytes(16), "public", catalogue.version("toy", v), (), 1, "referee", "decided", "", 0) for v in (1, 2)
+    ]
+    assert [world.driver.again(request) for request in given] == given
+    await world.driver.act("toy", "abort", "")
+    assert [world.driver.again(request).model.statement.version for request in given] == [1, 1]
+
+
+async def test_the_figures_tell_the_stage_the_agents_and_why_it_ended(world: World) -> None:
+    history = History()
+
+    def read(name: str) -> dict[tuple[str, ...], Any]:
+        metric = next(metric for metric in METRICS if metric.name == f"bmoe_{name}")
+        gateway = SimpleNamespace(rollouts=world.driver, rollouts_ended=history)
+        return dict(metric.read(SimpleNamespace(gateway=gateway)))  # type: ignore[arg-type]
+
+    await world.driver.start("toy", 2, Plan(canary_count=3, soak_s=0.0))
+    await world.look()
+    world.says("agent-1", "installed")
+    world.says("agent-2", "failed", "the disk is full")
+    await world.look()
+    assert read("rollout_info") == {("toy", "2", "canary"): 1}
+    agents = {("toy", "wanted"): 3, ("toy", "installed"): 1, ("toy", "failed"): 1}
+    assert read("rollout_agents") == agents and read("rollout_serving_ratio") == {("toy",): 0}
+    for agent in ("agent-2", "agent-3"):
+        world.says(agent, "refused", "self-test: y differs")
+    assert (await world.look(2)).stage == "rolled-back"
+    history.on_applied(Applied((), (), (Event("rollout", {**vars(world.ledger.state.rollouts["toy"])}),)), 5)
+    assert read("rollouts_ended_total") == {("rolled-back", "refused"): 1} and read("rollout_agents") == {}
