@@ -154,7 +154,7 @@ test-integration: $(VENV)/.ready
 	$(BIN)/python -m pytest tests/integration
 
 # What the agents' broker carries, on the other broker. Tests of NATS itself say so and are skipped.
-FLEET_TESTS := attacks attacks_collusion attacks_join faults identity_fleet sensor_requests
+FLEET_TESTS := attacks attacks_collusion attacks_join faults identity_fleet releases sensor_requests
 test-mosquitto: $(VENV)/.ready mosquitto
 	BMOE_TEST_BROKER=mosquitto $(BIN)/python -m pytest $(FLEET_TESTS:%=tests/integration/test_%.py) $(TEST_FLAGS)
 

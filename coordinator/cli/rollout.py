@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from bmoe.client import Client
-from bmoe.protocol.errors import InputError, RefusedError, UnknownError
+from bmoe.protocol.errors import InputError, RefusedError, UnavailableError, UnknownError
 from coordinator.cli.tables import out
 from coordinator.rollout.health import Limits
 from coordinator.rollout.machine import ENDED, UNDER_WAY
@@ -27,7 +27,7 @@ Token = Annotated[str | None, typer.Option(help="API token, where the gateway wa
 Ca = Annotated[Path | None, typer.Option(help="PEM file of the CA that the gateway's certificate is by.")]
 Reason = Annotated[str, typer.Option(help="Why; it is entered on the ledger.")]
 DEFAULT_STATE = Path("./state")
-FOLLOW_S = 0.5
+FOLLOW_S, AWAY_S = 0.5, 60.0
 
 
 @rollout_app.command()
@@ -40,7 +40,9 @@ def start(
             help="The first wave: a number of agents, or name:N, board:TEXT, owner:N, label:TEXT; may be repeated."
         ),
     ] = None,
-    share: Annotated[float, typer.Option(min=0.0, max=1.0, help="The second wave, as a share of the fleet.")] = 0.25,
+    share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="The second wave, as a share above 0 of the fleet.")
+    ] = 0.25,
     window: Annotated[
         list[str] | None, typer.Option(help="When waves may begin, as 22:00-04:30 in UTC; may be repeated.")
     ] = None,
@@ -145,8 +147,16 @@ def _follow(client: Client, model: str) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[seen]}"))
     with Progress(*columns, console=out) as progress:
         task = progress.add_task(model, seen="")
+        heard = time.monotonic()
         while True:
-            row = next((row for row in client.rollouts() if row["model"] == model), None)
+            try:
+                rows = client.rollouts()
+            except UnavailableError:  # a gateway that restarts goes on with its rollouts
+                if time.monotonic() - heard > AWAY_S:
+                    raise
+                time.sleep(FOLLOW_S)
+                continue
+            heard, row = time.monotonic(), next((row for row in rows if row["model"] == model), None)
             if row is None:
                 raise UnknownError(f"no version of {model} was ever rolled out: bmoe rollout start {model}")
             done, whole = progress_of(row)
