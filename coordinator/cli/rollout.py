@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from bmoe.client import Client
 from bmoe.protocol.errors import InputError, RefusedError, UnavailableError, UnknownError
@@ -97,7 +98,7 @@ def status(
     table = Table("model", "version", "stage", "agents", "in use", "seen", "reason, or what it waits for")
     for row in rows:
         facts = (row["model"], str(row["version"]), row["stage"], _bar(row), str(row["in_use"]))
-        table.add_row(*facts, _seen(row), _why(row))
+        table.add_row(*map(Text, (*facts, _seen(row), _why(row))))  # boards' words among it: no markup
     out.print(table)
     for line in [*_lines_of_agents(rows), *_lines_of_ends(client.ended_rollouts(), model)]:
         out.print(line, markup=False, highlight=False)
@@ -144,7 +145,7 @@ def _client(url: str | None, state: Path, token: str | None, ca: Path | None) ->
 
 
 def _follow(client: Client, model: str) -> None:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[seen]}"))
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[seen]}", markup=False))
     with Progress(*columns, console=out) as progress:
         task = progress.add_task(model, seen="")
         heard = time.monotonic()
