@@ -443,3 +443,12 @@ async def test_the_figures_tell_the_stage_the_agents_and_why_it_ended(world: Wor
     assert (await world.look(2)).stage == "rolled-back"
     history.on_applied(Applied((), (), (Event("rollout", {**vars(world.ledger.state.rollouts["toy"])}),)), 5)
     assert read("rollouts_ended_total") == {("rolled-back", "refused"): 1} and read("rollout_agents") == {}
+
+
+async def test_what_clients_have_to_know_does_not_change_by_a_rollout(world: World) -> None:
+    release = world.ledger.state.releases[NEW]
+    renamed = replace(release, outputs=tuple(("z", *output[1:]) for output in release.outputs))
+    world.ledger.state.releases[NEW] = renamed
+    world.ledger.state.models["toy"] = world.ledger.state.versions["toy", 1]
+    with pytest.raises(RefusedError, match=r"version 2 has .* -> z .*, version 1 in use has .* -> y .*with --serve"):
+        await world.driver.start("toy", 2, AT_ONCE)
