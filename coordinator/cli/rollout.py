@@ -101,7 +101,7 @@ def status(
         table.add_row(*map(Text, (*facts, _seen(row), _why(row))))  # boards' words among it: no markup
     out.print(table)
     for line in [*_lines_of_agents(rows), *_lines_of_ends(client.ended_rollouts(), model)]:
-        out.print(line, markup=False, highlight=False)
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @rollout_app.command()

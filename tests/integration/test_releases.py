@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytest_asyncio
+from rollout_load import Load, X, until
 from typer.testing import CliRunner
 
 from benchmarks.fleet import AgentSpec, LocalFleet
@@ -21,7 +23,7 @@ from bmoe.protocol.errors import BmoeError, InputError
 from bmoe.protocol.files import write_durably
 from bmoe.protocol.tls import mutual_tls
 from bmoe.storage.installed import read_record
-from bmoe.storage.manifest import Model, load_model, manifest_digest, parts, render_manifest
+from bmoe.storage.manifest import Model, TensorSpec, load_model, manifest_digest, parts, render_manifest
 from bmoe.storage.repository import LIFE_S
 from bmoe.storage.targets import model_receipt_path, release_receipt_path
 from bmoe.storage.update_ledger import Word, check_entered
@@ -38,17 +40,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "unit"))
 from release_site import Site, golden_of, linear
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-X = np.array([[1, 2, 3, 4], [0.5, -1, 0, 2]], np.float32)
+# A machine that runs many tests is slow at times, for reasons of its own.
+NOISY = ("--limit", "tasks=5", "--limit", "latency_s=5")
 
 
-def write_model(folder: Path, version: int) -> np.ndarray:
-    """A model folder whose only expert is y = x @ w; and w."""
+def write_model(folder: Path, version: int, name: str = "lines", columns: int = 4) -> np.ndarray:
+    """A model folder whose only expert is y = x @ w, x of so many columns; and w."""
     folder.mkdir()
     site = Site.__new__(Site)
     site.blobs = folder
-    onnx, w = linear(version)
-    expert = site.expert(onnx, golden_of(w))
-    model: Model = site.model(version, expert)
+    onnx, w = linear(version, columns=columns)
+    expert = site.expert(onnx, golden_of(w), inputs=(TensorSpec("x", "float32", (None, columns)),))
+    model: Model = site.model(version, expert, name)
     for part in parts(model):
         os.replace(folder / part.sha256, folder / part.file)
     (folder / "model.json").write_bytes(render_manifest(model))
@@ -69,9 +72,14 @@ async def release(fleet: LocalFleet, *words: str, fails: bool = False) -> str:
     return await command(*words, "--state", str(fleet.state), fails=fails)
 
 
-async def command(*words: str, fails: bool = False) -> str:
+async def rollout(fleet: LocalFleet, *words: str, fails: bool = False) -> str:
+    """What `bmoe rollout ...` says."""
+    return await command(*words, "--state", str(fleet.state), fails=fails, group="rollout")
+
+
+async def command(*words: str, fails: bool = False, group: str = "release") -> str:
     """What `bmoe release ...` says on a machine that need not be a gateway's; in this process, which has it loaded."""
-    done = await asyncio.to_thread(lambda: CliRunner().invoke(app, ["release", *words]))
+    done = await asyncio.to_thread(lambda: CliRunner().invoke(app, [group, *words]))
     assert (done.exit_code != 0) is fails, (done.output, done.exception)
     assert done.exception is None or isinstance(done.exception, BmoeError), done.exception
     return done.output + str(done.exception or "")
@@ -204,3 +212,49 @@ async def test_a_board_gets_a_receipt_that_it_verifies_and_nothing_of_what_is_wi
             await asyncio.to_thread(lambda path=path: client.get(f"/v1/repository/{path}"))
     root = json.loads(await asyncio.to_thread(lambda: client.get("/v1/repository/metadata/1.root.json")))
     assert root["signed"]["_type"] == "root"
+
+
+async def test_a_rollout_over_https_outlives_its_coordinator_and_a_board_that_was_away_catches_up(
+    fleet: LocalFleet, tmp_path: Path
+) -> None:
+    weights = {v: write_model(tmp_path / f"v{v}", v, "slopes") for v in (11, 12)}
+    await release(fleet, "publish", str(tmp_path / "v11"), "--owner", "bob")
+    await release(fleet, "publish", str(tmp_path / "v12"), "--owner", "bob")
+    await fleet.running["board-2"].stop(5)
+    async with Load(fleet, "slopes", weights) as load:
+        said = await rollout(fleet, "start", "slopes", "--canary", "label:lap", fails=True)
+        assert "no agent in service meets 'label:lap'; of label there are: local" in said
+        plan = ("--canary", "name:board-1", "--soak", "1", "--limit", "disagreement=1")
+        await rollout(fleet, "start", "slopes", *plan, *NOISY)
+        await until(fleet, "slopes", lambda row: row.get("holds") == ["board-1"])
+        assert load.seen <= {11} and not load.failures, "no client is answered by a canary"
+        (pid,) = [pid for pid, kind in fleet.members().items() if kind == "coordinator"]
+        os.kill(pid, signal.SIGKILL)
+        row = await until(fleet, "slopes", lambda row: row["stage"] == "done")
+        assert (row["in_use"], row["reason"]) == (12, "1 of 2 agents hold it")
+        failures = len(load.failures)
+        await until(fleet, "slopes", lambda row: 12 in load.seen)
+    assert load.seen == {11, 12}, "a wrong answer, or votes of two versions mixed"
+    assert len(load.failures) == failures
+    assert "1/2" in await rollout(fleet, "status", "slopes")
+    await fleet.restart("board-2")
+    await until(fleet, "slopes", lambda row: row["holds"] == ["board-1", "board-2"])
+    record = read_record(fleet.folder("board-2"), "slopes")
+    assert record is not None and record.current.version == 12
+    assert "carrier=https" in fleet.log("board-2").read_text()
+
+
+async def test_bad_versions_go_back_and_cost_no_client_an_answer(fleet: LocalFleet, tmp_path: Path) -> None:
+    write_model(tmp_path / "v13", 13, "slopes")
+    write_model(tmp_path / "v14", 14, "slopes", columns=5)
+    async with Load(fleet, "slopes", {12: linear(12)[1]}) as load:
+        await release(fleet, "publish", str(tmp_path / "v13"), "--owner", "bob")
+        said = await rollout(fleet, "start", "slopes", *NOISY, "--follow", fails=True)
+        assert "slopes 13 is rolled-back: canary: disagreement" in said
+        await release(fleet, "publish", str(tmp_path / "v14"), "--owner", "bob")
+        await rollout(fleet, "start", "slopes", "--soak", "0", *NOISY, "--limit", "tasks=0")
+        row = await until(fleet, "slopes", lambda row: row["version"] == 14 and row["stage"] == "rolled-back")
+    assert row["reason"].startswith(("share: disagreement", "all: disagreement")), "clients' requests were none for it"
+    assert load.seen == {12} and not load.failures
+    said = await rollout(fleet, "status", "slopes")
+    assert "slopes 13 rolled-back: canary: disagreement" in said and "slopes 14 rolled-back: " in said

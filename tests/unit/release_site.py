@@ -34,18 +34,20 @@ from coordinator.identity.releases import release_entries
 EPSILON, COLUMNS, CLASSES = 1e-5, 4, 3
 
 
-def linear(seed: int, padding: int = 0, outputs: int = CLASSES, name: str = "y") -> tuple[bytes, np.ndarray]:
-    """y = x @ w in float32 [N, 4] -> [N, outputs], with some bytes of unused weights; and w."""
+def linear(
+    seed: int, padding: int = 0, outputs: int = CLASSES, name: str = "y", columns: int = COLUMNS
+) -> tuple[bytes, np.ndarray]:
+    """y = x @ w in float32 [N, columns] -> [N, outputs], with some bytes of unused weights; and w."""
     draw = np.random.default_rng(seed)
-    w = draw.uniform(-1, 1, (COLUMNS, outputs)).astype(np.float32)
+    w = draw.uniform(-1, 1, (columns, outputs)).astype(np.float32)
     extra = [tensor("unused", draw.integers(0, 256, padding).astype(np.uint8))] if padding else []
-    x, y = value("x", FLOAT, ["N", COLUMNS]), value(name, FLOAT, ["N", outputs])
+    x, y = value("x", FLOAT, ["N", columns]), value(name, FLOAT, ["N", outputs])
     return model(graph([node("MatMul", ["x", "w"], [name])], [x], [y], [tensor("w", w), *extra])), w
 
 
 def golden_of(w: np.ndarray, name: str = "y") -> bytes:
     """The golden pair of such a model."""
-    x = np.random.default_rng(1).uniform(-1, 1, (2, COLUMNS)).astype(np.float32)
+    x = np.random.default_rng(1).uniform(-1, 1, (2, len(w))).astype(np.float32)
     return write_golden({"x": x}, {name: x @ w})
 
 
