@@ -22,13 +22,13 @@ from bmoe.protocol.errors import BmoeError
 from bmoe.protocol.tensors import Tensor
 from bmoe.protocol.topics import topic
 from edge_agent.admit import Admitted, Decision, Ignored, Load, Rules
-from edge_agent.agent import Steps
 from edge_agent.config import load_settings
 from edge_agent.experts import Served
 from edge_agent.infer import infer
 from edge_agent.report import Reporter
 from edge_agent.service import serve
 from edge_agent.sign import SignedOutput, Stamp, sign
+from edge_agent.tasks import Steps
 
 Twist = Callable[[np.ndarray, int], np.ndarray]
 

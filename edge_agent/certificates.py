@@ -7,6 +7,7 @@ as Mosquitto does here, gives each certificate one session.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ from edge_agent.logs import event
 log = logging.getLogger("bmoe.agent")
 RENEWAL_PAUSE_S = 6 * 3600.0
 RENEWAL_AGAIN_S = 300.0  # a board that is seldom online must not miss its hour
+REMEDY = "it cannot be renewed any more: get a new token, then bmoe-agent join TOKEN --force"
 AGAIN_S = (1.0, 30.0)  # the first pause of one that must have a certificate, and the longest
 
 
@@ -50,7 +52,8 @@ async def _try(identity: Identity, fleet: FleetClient, session: str) -> bool:
         await in_thread(lambda: ensure(identity, fleet, session))
     except (BmoeError, OSError, ValueError) as error:
         left = seconds_left(identity.certificate_of(session))
-        log.warning(event("certificate_not_renewed", session=session, reason=error, days_left=round(left / 86400, 1)))
+        facts = {"session": session, "reason": error, "days_left": round(left / 86400, 1)}
+        log.warning(event("certificate_not_renewed", **facts, **({"do": REMEDY} if over(identity.certificate) else {})))
         return False
     return True
 
@@ -61,6 +64,14 @@ def seconds_left(path: Path) -> float:
         return float(_load(path.read_bytes()).not_valid_after_utc.timestamp()) - time.time()
     except (OSError, ValueError, InputError):
         return 0.0
+
+
+def over(path: Path) -> str:
+    """The day on which a certificate ended, "" where it has not, or cannot be read."""
+    with contextlib.suppress(OSError, ValueError, InputError):
+        end = _load(path.read_bytes()).not_valid_after_utc
+        return f"{end:%Y-%m-%d}" if end.timestamp() < time.time() else ""
+    return ""
 
 
 def ensure(identity: Identity, fleet: FleetClient, session: str = "") -> None:

@@ -90,12 +90,19 @@ def _parser() -> argparse.ArgumentParser:
 def _join(arguments: argparse.Namespace) -> int:
     """Make this device's keys, check the gateway against the token, and enrol. Sending the same token again is safe."""
     from edge_agent.config import load_settings
+    from edge_agent.handover import hand_over
     from edge_agent.join import join
 
     token = sys.stdin.readline() if arguments.token == "-" else arguments.token
     state = load_settings(state=arguments.state).state
-    identity = join(state, token, name=arguments.name, gateway=arguments.gateway, force=arguments.force)
-    print(f"joined {identity.url} as {identity.name} (owner {identity.owner}); now: bmoe-agent run")
+    a = arguments
+    try:
+        # What root makes in an agent's directory is given to the agent before that may look at it.
+        identity = join(state, token, name=a.name, gateway=a.gateway, force=a.force, check=lambda *_: hand_over(state))
+    finally:
+        if state.is_dir():
+            hand_over(state)
+    print(f"joined {identity.url} as {identity.name} (owner {identity.owner}); now: bmoe-agent run, if it does not")
     return 0
 
 

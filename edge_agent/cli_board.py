@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ def add_board_commands(commands: Any) -> list[argparse.ArgumentParser]:
     )
     install.add_argument("--program", type=Path, metavar="PATH", help="where bmoe-agent is, for the unit")
     install.add_argument(
+        "--sensor", action="store_true", help="let `bmoe-agent source` at serial ports, I2C, SPI and GPIO"
+    )
+    install.add_argument(
         "--token", action="store_true", help="only take a token from the boot partition, if there is one"
     )
     install.set_defaults(command=_install)
@@ -34,13 +38,15 @@ def add_board_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
 def _install(arguments: argparse.Namespace) -> int:
     """Write settings, token and units, and start the service; by root. What is there already is replaced by the same."""
-    from edge_agent.install import install, take_token
+    from edge_agent.boot_token import take_token
+    from edge_agent.install import install
 
     if arguments.token:
         found = take_token(arguments.root, arguments.source)
         print(f"token taken from {found}" if found else "no token on the boot partition")
         return 0
-    for step in install(arguments.root, source=arguments.source, board=arguments.board, program=arguments.program):
+    a = arguments
+    for step in install(a.root, source=a.source, board=a.board, program=a.program, sensor=a.sensor):
         print(step, flush=True)
     return 0
 
@@ -50,9 +56,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
     Changes nothing. Exit status 1 if anything failed.
     """
-    from edge_agent.config import load_settings
+    from bmoe.protocol.errors import ConfigError
+    from edge_agent.config import SYSTEM_STATE, load_settings
     from edge_agent.doctor import examine
 
+    if arguments.state is None and SYSTEM_STATE.exists() and not os.access(SYSTEM_STATE, os.R_OK | os.X_OK):
+        raise ConfigError(f"{SYSTEM_STATE} can be read by root and the agent alone: sudo bmoe-agent doctor")
     findings = examine(load_settings(state=arguments.state, config=arguments.config))
     if arguments.json:
         import json

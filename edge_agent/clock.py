@@ -20,6 +20,7 @@ from edge_agent.fleet import FleetClient
 
 # No message is under way for so long: what differs by more is a clock's doing.
 OFF_S = 60.0
+LATEST_S = 253_402_300_799  # the end of the year 9999: what is later is damage, and has no date that could be shown
 SAVE_EVERY_S = 3600.0
 NO_CHECK_TIME = 0x200000  # X509_V_FLAG_NO_CHECK_TIME of OpenSSL; Python's ssl has no name for it
 
@@ -44,7 +45,7 @@ def floor_s(state: Path) -> int:
         text = floor_file(state).read_bytes()[:20].strip()
     except OSError:
         return 0
-    return int(text) if text.isdigit() else 0
+    return int(text) if text.isdigit() and int(text) <= LATEST_S else 0
 
 
 def save(state: Path, seconds: float | None = None) -> None:

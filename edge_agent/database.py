@@ -23,6 +23,10 @@ def open_or_replace(
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError:
+        for earlier_one in path.parent.glob(
+            f"{path.stem}.damaged-*"
+        ):  # a card that dies must not fill itself with them
+            earlier_one.unlink()
         aside = path.with_suffix(f".damaged-{time.time_ns() // 1_000_000}")
         for suffix in ("", "-wal", "-shm"):
             if os.path.exists(f"{path}{suffix}"):

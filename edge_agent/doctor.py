@@ -21,7 +21,7 @@ from bmoe.inference.runner import child_environment
 from bmoe.protocol.errors import BmoeError, ModelError, RefusedError
 from bmoe.protocol.tls import mutual_tls
 from edge_agent import clock
-from edge_agent.certificates import is_due, seconds_left
+from edge_agent.certificates import REMEDY, is_due, over, seconds_left
 from edge_agent.config import AgentSettings
 from edge_agent.enrol import token_file
 from edge_agent.fleet import FleetClient
@@ -86,18 +86,21 @@ def examine(settings: AgentSettings, root: Path = Path("/")) -> list[Finding]:
 def _one(name: str, check: Callable[[Patient], tuple[bool | None, str]], patient: Patient) -> Finding:
     try:
         ok, text = check(patient)
-    except (BmoeError, OSError, ValueError) as error:
+    except (BmoeError, OSError) as error:
         ok, text = False, str(error)
+    except Exception as error:  # a check must not cost the others
+        ok, text = False, f"{type(error).__name__}: {error}"
     return Finding(name, ok, " ".join(text.split()))
 
 
 def _clock(p: Patient) -> tuple[bool | None, str]:
-    clock.check_floor(p.settings.state)
     if p.identity is None:
+        clock.check_floor(p.settings.state)
         return None, f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime())} UTC, not compared: no gateway is known yet"
     try:
         off = clock.now_s() - clock.gateway_s(p.identity.url, p.identity.ca)
     except BmoeError:
+        clock.check_floor(p.settings.state)
         return None, "later than what has certainly passed; the gateway cannot be asked"
     if abs(off) > p.settings.clock_tolerance_ms / 1000 + 1:
         return False, f"{off:+.0f} s from the gateway's: set it, and keep it set (systemd-timesyncd, chrony)"
@@ -146,10 +149,10 @@ def _membership(p: Patient) -> tuple[bool | None, str]:
 def _certificate(p: Patient) -> tuple[bool | None, str]:
     if p.identity is None:
         return None, "not enrolled"
-    days = seconds_left(p.identity.certificate) / 86400
-    if days <= 0:
-        return False, "expired: get a new token and join anew, bmoe-agent join TOKEN --force"
     due = is_due(p.identity.certificate.read_bytes())
+    if ended := over(p.identity.certificate):
+        return False, f"expired {ended}: {REMEDY}"
+    days = seconds_left(p.identity.certificate) / 86400
     return True, f"{days:.1f} days left" + (", renewal is due" if due else "")
 
 
@@ -163,7 +166,12 @@ def _onnxruntime(p: Patient) -> tuple[bool | None, str]:
 def _probe(providers: Sequence[str]) -> tuple[str, list[str]]:
     """Run a model in a process of its own: one that is not made for this processor dies by a signal."""
     words = [sys.executable, "-c", PROBE, *providers]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=PROBE_S, env=child_environment(), check=False)
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=PROBE_S, env=child_environment(), cwd="/", check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelError(f"onnxruntime did not run a small model within {PROBE_S} s") from None
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise ModelError(f"onnxruntime dies by {name}: this build is not for this processor, install another version")
@@ -194,7 +202,9 @@ def _watchdog(p: Patient) -> tuple[bool | None, str]:
     if not (p.root / "dev/watchdog0").exists():
         return None, "no device /dev/watchdog0"
     state = p.root / "sys/class/watchdog/watchdog0/state"
-    active = state.exists() and state.read_text().strip() == "active"
+    if not state.exists():
+        return None, "this kernel does not tell whether /dev/watchdog0 is in use"
+    active = state.read_text().strip() == "active"
     return active, "the board restarts when it hangs" if active else "not in use: set RuntimeWatchdogSec in systemd"
 
 

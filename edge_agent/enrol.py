@@ -1,7 +1,7 @@
 """Enrolling without a hand: a token that an installer left is used once network and time are there, and then destroyed.
 
-`join/` in the state directory holds `token` (one line) and, where it was given, `name`. It is taken up at each start and
-while waiting, so a new token in the place of a refused one needs no restart.
+`join/` in the state directory holds `token` (one line) and, where it was given, `name`. It is looked for as long as the
+process runs, so a new token needs no restart: neither in the place of a refused one, nor for a board that is to join anew.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
+from collections.abc import Callable
 from pathlib import Path
 
-from bmoe.protocol.errors import BmoeError, ConfigError, InputError, RefusedError, UnavailableError
+from bmoe.protocol.errors import BmoeError, ConfigError, UnavailableError
 from bmoe.protocol.join_token import parse_token
 from bmoe.protocol.threads import in_thread
 from edge_agent import clock
 from edge_agent.identity import Identity, identity_file, load_identity
 from edge_agent.logs import event
+from edge_agent.shred import shred
 from edge_agent.systemd import notify
 
 log = logging.getLogger("bmoe.agent")
@@ -26,6 +27,7 @@ LOOK_S = 1.0
 WAIT_S = (2.0, 30.0)  # the first pause while network or time are missing, and the longest
 REFUSED_S = (60.0, 3600.0)  # the same once the gateway has refused the token: it will hardly think again
 TOKEN_BYTES = 4096
+Stamp = tuple[int, int]
 
 
 def token_file(state: Path) -> Path:
@@ -39,17 +41,28 @@ def name_file(state: Path) -> Path:
 
 
 async def identity_of(state: Path, stop: asyncio.Event) -> Identity | None:
-    """Who this device is, enrolled first where a token waits; None if `stop` was set before. Raises ConfigError.
-
-    A device that is enrolled and finds a further token joins anew; if that is refused it stays who it was.
-    """
+    """Who this device is, enrolled first where a token waits; None if `stop` was set before. Raises ConfigError."""
     if identity_file(state).exists():
-        await _once_more(state)
+        _finish(state)
     elif token_file(state).exists():
-        await _until_enrolled(state, stop)
+        notify(READY="1", STATUS="not enrolled yet: asking the gateway")
+        await _until_enrolled(state, stop, lambda reason: notify(STATUS=f"not enrolled: {reason}"))
         if not identity_file(state).exists():
             return None
     return load_identity(state)
+
+
+async def joined_anew(state: Path, stop: asyncio.Event) -> None:
+    """Return once this device, which serves as who it is, has joined anew: by a further token that was left, or by hand.
+
+    A token that is refused changes nothing.
+    """
+    before = _stamp(identity_file(state))
+    while not stop.is_set() and _stamp(identity_file(state)) == before:
+        if token_file(state).exists():
+            await _until_enrolled(state, stop, lambda reason: None, before=before)
+        else:
+            await _pause(LOOK_S, stop)
 
 
 async def wait_for_time(identity: Identity, state: Path, stop: asyncio.Event) -> None:
@@ -66,38 +79,33 @@ async def wait_for_time(identity: Identity, state: Path, stop: asyncio.Event) ->
         await _pause(WAIT_S[0], stop)
 
 
-async def _until_enrolled(state: Path, stop: asyncio.Event) -> None:
+async def _until_enrolled(
+    state: Path, stop: asyncio.Event, tell: Callable[[str], None], before: Stamp | None = None
+) -> None:
+    """Try the token that waits until this device has joined, by it or by hand.
+
+    `before` is the mark of the identity that it replaces, if there is one: then no token is needed.
+    """
     said, pause_s, tried = "", WAIT_S[0], b""
-    notify(READY="1", STATUS="not enrolled yet: asking the gateway")
-    while not stop.is_set():
-        token = _read(token_file(state))
+    watched = (token_file(state), identity_file(state))
+    while not stop.is_set() and _stamp(identity_file(state)) == before:
+        if before is not None and not token_file(state).exists():
+            return
+        token = b""
         try:
-            return await _enrol(state, token, force=False)
-        except UnavailableError as error:
+            token = _read(token_file(state))
+            return await _enrol(state, token, force=before is not None)
+        except (UnavailableError, OSError) as error:
             kind, line, limits = type(error).__name__, event("enrolment_waits", reason=error), WAIT_S
-        except (RefusedError, InputError, ConfigError) as error:
+        except BmoeError as error:
             kind, line, limits = type(error).__name__, event("enrolment_refused", reason=error), REFUSED_S
         again = kind == said and token == tried
         pause_s = min(2 * pause_s, limits[1]) if again else limits[0]
         if not again:  # one line for each cause, however long it lasts
             log.warning(line)
-            notify(STATUS=f"not enrolled: {line.facts['reason']}")
+            tell(str(line.facts["reason"]))
         said, tried = kind, token
-        await _pause(min(pause_s, WAIT_S[0]) if kind == "ClockError" else pause_s, stop, token_file(state))
-
-
-async def _once_more(state: Path) -> None:
-    path = token_file(state)
-    if not path.exists():
-        return
-    try:
-        token = _read(path)
-        if identity_file(state).parent / parse_token(token.decode(errors="replace")).token.hex() == _folder(state):
-            forget(state)  # this very join was done; the end came before its token was destroyed
-        else:
-            await _enrol(state, token, force=True)
-    except BmoeError as error:
-        log.warning(event("enrolment_refused", reason=error, still=load_identity(state).name))
+        await _pause(min(pause_s, WAIT_S[0]) if kind == "ClockError" else pause_s, stop, *watched)
 
 
 async def _enrol(state: Path, token: bytes, *, force: bool) -> None:
@@ -105,38 +113,41 @@ async def _enrol(state: Path, token: bytes, *, force: bool) -> None:
 
     name = _read(name_file(state)).decode(errors="replace").strip() or None
     text = token.decode(errors="replace")
-    # A clock that is certainly behind needs no gateway to be told so; another one is held against the gateway's, because
-    # what is signed from now on is judged by time.
-    clock.check_floor(state)
-    identity = await in_thread(
-        lambda: join(state, text, name=name, gateway=None, force=force, check=clock.check_gateway)
-    )
+
+    def check(url: str, ca: Path) -> None:
+        # What is signed from now on is judged by time. The gateway has the last word on it, over the floor too: that
+        # comes of the clock of whoever wrote the card.
+        clock.check_gateway(url, ca)
+        if clock.now_s() < clock.floor_s(state):
+            clock.save(state)
+
+    identity = await in_thread(lambda: join(state, text, name=name, gateway=None, force=force, check=check))
     forget(state)
     log.info(event("enrolled", name=identity.name, owner=identity.owner, gateway=identity.url))
+
+
+def _finish(state: Path) -> None:
+    """Do what an end right after joining left undone: destroy the token that was used, and the request that holds it."""
+    with contextlib.suppress(BmoeError):
+        folder = load_identity(state).folder
+        _shred(folder / "request.json")
+        if folder.name == parse_token(_read(token_file(state)).decode(errors="replace")).token.hex():
+            forget(state)
 
 
 def forget(state: Path) -> None:
     """Destroy the token that was used, and the name beside it."""
     for path in (token_file(state), name_file(state)):
-        shred(path)
+        _shred(path)
     with contextlib.suppress(OSError):
         token_file(state).parent.rmdir()
 
 
-def shred(path: Path) -> None:
-    """Overwrite a file and remove it. Flash memory may keep old blocks: that is why tokens are short-lived and used once."""
-    with contextlib.suppress(OSError):
-        with path.open("r+b") as file:
-            file.write(bytes(path.stat().st_size))
-            file.flush()
-            os.fsync(file.fileno())
-        path.unlink()
-
-
-def _folder(state: Path) -> Path | None:
-    with contextlib.suppress(ConfigError):
-        return load_identity(state).folder
-    return None
+def _shred(path: Path) -> None:
+    try:
+        shred(path)
+    except OSError as error:
+        log.warning(event("token_not_destroyed", file=path, reason=error.strerror or error))
 
 
 def _read(path: Path) -> bytes:
@@ -149,11 +160,11 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
 
 
-async def _pause(seconds: float, stop: asyncio.Event, watched: Path | None = None) -> None:
-    """Wait; less long when `stop` is set or the watched file changes."""
-    before = _stamp(watched)
+async def _pause(seconds: float, stop: asyncio.Event, *watched: Path) -> None:
+    """Wait; less long when `stop` is set or one of the watched files changes."""
+    before = [_stamp(path) for path in watched]
     end = asyncio.get_running_loop().time() + seconds
-    while not stop.is_set() and _stamp(watched) == before:
+    while not stop.is_set() and [_stamp(path) for path in watched] == before:
         left = end - asyncio.get_running_loop().time()
         if left <= 0:
             return
@@ -161,9 +172,10 @@ async def _pause(seconds: float, stop: asyncio.Event, watched: Path | None = Non
             await asyncio.wait_for(stop.wait(), min(LOOK_S, left))
 
 
-def _stamp(path: Path | None) -> tuple[int, int] | None:
+def _stamp(path: Path) -> Stamp | None:
+    """What changes with a file, None while there is none."""
     try:
-        found = path.stat() if path is not None else None
+        found = path.stat()
     except OSError:
         return None
-    return (found.st_ino, found.st_mtime_ns) if found is not None else None
+    return found.st_ino, found.st_mtime_ns

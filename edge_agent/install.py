@@ -1,7 +1,7 @@
 """Installing the agent on a board: settings, token and clock into its state directory, units into systemd. Run by root once.
 
-With another root than / it writes an image's files and starts nothing. Everything may be done again: what is there already
-is replaced by the same, and a board that has joined stays who it is.
+With another root than / it writes an image's files and starts nothing. Everything may be done again: what is there is
+replaced by the same, what another profile wanted goes, and a board that has joined stays who it is.
 """
 
 from __future__ import annotations
@@ -15,49 +15,51 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bmoe.protocol.errors import ConfigError, InputError
-from bmoe.protocol.files import write_durably
-from bmoe.protocol.join_token import parse_token
+from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.files import sync_folder, write_durably
 from bmoe.storage.packaged import packaged
-from edge_agent import clock, enrol
-from edge_agent.config import SYSTEM_STATE, load_settings
+from edge_agent import clock
+from edge_agent.boot_token import head, made_state, take_token, within
+from edge_agent.config import load_settings
+from edge_agent.handover import put
 
 PROGRAM = Path("/opt/bmoe/bin/bmoe-agent")
-UNITS = ("bmoe-agent.service", "bmoe-token.service")
-BOOT_FOLDERS = ("boot/firmware/bmoe", "boot/bmoe")
-# What other programs of a first boot may have copied a token into.
-COPIES = ("boot/firmware/*", "boot/*", "var/lib/cloud/**/*", "run/cloud-init/**/*")
-COPY_BYTES = 8 << 20
+PACKAGED = Path("/usr/bin/bmoe-agent")  # the Debian package's, which has its units elsewhere
+UNITS = ("bmoe-agent.service", "bmoe-source.service", "bmoe-token.service")
+ENABLED = ("bmoe-agent.service", "bmoe-source.service")
+# Of a board's profile or of what was asked for: file in firmware_configs/systemd -> the unit that it changes.
+DROP_INS = {"gpu": "bmoe-agent.service", "sensor": "bmoe-source.service"}
+WATCHDOG = "system.conf.d/50-bmoe-watchdog.conf"
+SETTINGS_BYTES = 64 * 1024
 # The unit has no sight of these: a program there would never start.
 HIDDEN = ("/home/", "/root/", "/tmp/", "/var/tmp/", "/run/user/")
 # Settings of a board profile's table `agent`, and where in the profile the others stand.
 ELSEWHERE = {"providers": ("onnxruntime", "providers"), "temperature_file": ("thermal", "path")}
 
 
-def install(root: Path, *, source: Path | None, board: str | None, program: Path | None) -> Iterator[str]:
-    """Install below `root`, telling of each step. `source` is the folder `bmoe` of a boot partition, `board` a profile.
+def install(
+    root: Path, *, source: Path | None, board: str | None, program: Path | None, sensor: bool = False
+) -> Iterator[str]:
+    """Install below `root`, telling of each step. `source` is the folder `bmoe` of a boot partition, `board` a profile,
+    `sensor` lets `bmoe-agent source` at the board's serial ports and buses.
 
     Raises ConfigError, InputError and OSError; what was done until then may stay, and is done again.
     """
-    state = root / SYSTEM_STATE.relative_to("/")
     known = profile(board) if board else detected(root)
     target = program or (PROGRAM if root != Path("/") else _own_program())
     _check_program(target, root)
     given = _read_toml(source / "agent.toml") if source and (source / "agent.toml").exists() else {}
-    text = settings_text(state, known, given)
-    os.makedirs(state, mode=0o700, exist_ok=True)
+    text = settings_text(known, given)
+    state = made_state(root)
     if given or not (state / "agent.toml").exists():
-        write_durably(state / "agent.toml", text.encode())
+        put(state, "agent.toml", text.encode(), mode=0o644)
         yield f"settings in {state / 'agent.toml'}"
     yield from _take_clock(state, source)
     taken = take_token(root, source)
     if taken:
         yield f"token taken from {taken}"
-    for path, content in units(root, known, target).items():
-        write_durably(path, content.encode())
-        yield f"unit {path}"
+    yield from _write_units(root, units(root, known, target, sensor=sensor))
     yield _enabled(root)
-    _give_to_owner(state)
 
 
 def profile(name: str) -> dict[str, Any]:
@@ -83,76 +85,51 @@ def detected(root: Path) -> dict[str, Any]:
     return {}
 
 
-def settings_text(state: Path, known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+def settings_text(known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """agent.toml: what the board's profile says, overruled by what was given. Raises ConfigError for what is no setting."""
+    if elsewhere := {"state", "config"} & set(given):
+        raise ConfigError(f"agent.toml says {', '.join(sorted(elsewhere))}: of a service, the unit says that")
     values = dict(known.get("agent", {}))
     for setting, (table, key) in ELSEWHERE.items():
         if found := known.get(table, {}).get(key):
             values[setting] = found
     values |= given
-    load_settings(**{**values, "state": state})
-    # JSON's strings, numbers, truth values and lists are TOML's.
-    return "".join(f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in sorted(values.items()))
+    # Judged by itself: what lies in the state directory is replaced by it, damaged as that may be.
+    load_settings(**{**values, "state": Path(os.devnull)})
+    # JSON's strings, numbers, truth values and lists are TOML's, but for one control character.
+    lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in sorted(values.items()))
+    return "".join(lines).replace("\x7f", "\\u007f")
 
 
-def units(root: Path, known: Mapping[str, Any], program: Path) -> dict[Path, str]:
-    """Path and text of each file of systemd's, for a board's profile."""
+def units(root: Path, known: Mapping[str, Any], program: Path, *, sensor: bool = False) -> dict[Path, str]:
+    """Path and text of each file of systemd's that is ours, for a board's profile; "" for one that is not to be."""
     folder, etc = packaged("firmware_configs", "systemd"), root / "etc/systemd"
-    made = {etc / "system" / name: (folder / name).read_text().replace(str(PROGRAM), str(program)) for name in UNITS}
-    kind = known.get("systemd", "cpu")
-    for drop_in in ("gpu", "sensor"):
-        if drop_in == kind:
-            text = _groups_there(root, (folder / f"{drop_in}.conf").read_text())
-            made[etc / "system/bmoe-agent.service.d" / f"50-{drop_in}.conf"] = text
+    own = program == PACKAGED and (root / "lib/systemd/system" / UNITS[0]).exists()
+    made = {}
+    for name in UNITS:
+        made[etc / "system" / name] = "" if own else (folder / name).read_text().replace(str(PROGRAM), str(program))
+    wanted = {known.get("systemd", "cpu"), "sensor" if sensor else ""}
+    for drop_in, unit in DROP_INS.items():
+        text = _groups_there(root, (folder / f"{drop_in}.conf").read_text()) if drop_in in wanted else ""
+        made[etc / "system" / f"{unit}.d/50-{drop_in}.conf"] = text
     seconds = known.get("watchdog", {}).get("timeout_s", 0)
-    if seconds:
-        made[etc / "system.conf.d/50-bmoe-watchdog.conf"] = (
-            f"# The board's watchdog restarts it when the system hangs.\n[Manager]\nRuntimeWatchdogSec={seconds}\n"
-        )
+    made[etc / WATCHDOG] = (
+        f"# The board's watchdog restarts it when the system hangs.\n[Manager]\nRuntimeWatchdogSec={seconds}\n"
+        if seconds
+        else ""
+    )
     return made
 
 
-def take_token(root: Path, source: Path | None = None) -> Path | None:
-    """Move a token from the boot partition into the state directory; returns where it was found, None if nowhere.
-
-    It is destroyed in its old place, and in what a first boot's programs copied, once it is durable in the new one: that
-    is readable by the agent alone, and destroyed as soon as the agent has joined. Raises InputError for what is no token.
-    """
-    state = root / SYSTEM_STATE.relative_to("/")
-    folders = [*([source] if source else []), *(root / folder for folder in BOOT_FOLDERS)]
-    found = next((folder for folder in folders if (folder / "token").exists()), None)
-    if found is None:
-        return None
-    text = (found / "token").read_bytes()[: enrol.TOKEN_BYTES].decode(errors="replace").strip()
-    try:
-        parse_token(text)
-    except InputError as error:
-        raise ConfigError(f"{found / 'token'}: {error}") from None
-    os.makedirs(state, mode=0o700, exist_ok=True)
-    if (found / "name").exists():
-        write_durably(enrol.name_file(state), (found / "name").read_bytes()[:256], mode=0o600)
-    write_durably(enrol.token_file(state), text.encode() + b"\n", mode=0o600)
-    _give_to_owner(state)
-    enrol.shred(found / "token")
-    for pattern in COPIES:
-        for path in root.glob(pattern):
-            _blank(path, text.encode())
-    return found / "token"
-
-
-def _blank(path: Path, secret: bytes) -> None:
-    """Overwrite a secret inside a file with as many x: what reads the file finds its form unchanged."""
-    try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > COPY_BYTES:
-            return
-        data = path.read_bytes()
-        if secret in data:
-            with path.open("r+b") as file:
-                file.write(data.replace(secret, b"x" * len(secret)))
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        print(f"bmoe-agent: {path} may hold a copy of the token: {error.strerror}", file=sys.stderr)
+def _write_units(root: Path, wanted: Mapping[Path, str]) -> Iterator[str]:
+    for path, content in wanted.items():
+        within(root, path)
+        if content:
+            write_durably(path, content.encode())
+            yield f"unit {path}"
+        elif path.exists():
+            path.unlink()
+            yield f"no more {path}"
 
 
 def _take_clock(state: Path, source: Path | None) -> Iterator[str]:
@@ -160,25 +137,28 @@ def _take_clock(state: Path, source: Path | None) -> Iterator[str]:
     path = source / "issued_at" if source else None
     if path is None or not path.exists():
         return
-    text = path.read_bytes()[:20].strip()
-    if not text.isdigit():
-        raise ConfigError(f"{path}: expected seconds since 1970, found {text[:20]!r}")
+    text = head(path, 20).strip()
+    if not text.isdigit() or int(text) > clock.LATEST_S:
+        raise ConfigError(f"{path}: expected seconds since 1970, found {text!r}")
     if int(text) > clock.floor_s(state):
-        clock.save(state, int(text))
+        put(state, clock.floor_file(state).name, b"%d\n" % int(text), mode=0o644)
         yield f"clock at least {int(text)}"
 
 
 def _enabled(root: Path) -> str:
     """What `systemctl enable` does; and where this system's systemd runs, it is told, and starts the agent."""
-    link = root / "etc/systemd/system/multi-user.target.wants/bmoe-agent.service"
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to("../bmoe-agent.service")
+    for unit in ENABLED:
+        link = within(root, root / "etc/systemd/system/multi-user.target.wants" / unit)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            own = (root / "etc/systemd/system" / unit).exists()
+            link.symlink_to(f"../{unit}" if own else f"/lib/systemd/system/{unit}")
+        sync_folder(link.parent)
     if root != Path("/") or not os.path.isdir("/run/systemd/system"):
         return "enabled: starts at the next boot"
     import subprocess
 
-    for words in (["daemon-reload"], ["restart", "--no-block", "bmoe-agent.service"]):
+    for words in (["daemon-reload"], ["restart", "--no-block", *ENABLED]):
         done = subprocess.run(["systemctl", *words], capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise ConfigError(f"systemctl {words[0]}: {done.stderr.strip() or f'status {done.returncode}'}")
@@ -192,12 +172,18 @@ def _own_program() -> Path:
 
 
 def _check_program(program: Path, root: Path) -> None:
-    if not program.is_absolute() or re.search(r"\s", str(program)):
-        raise ConfigError(f"--program must be an absolute path without spaces, found {str(program)!r}")
-    if str(program).startswith(HIDDEN):
-        raise ConfigError(
-            f"the service has no sight of {program}: install bmoe under /opt, in a virtual environment there"
-        )
+    # Nothing that means something in a unit, such as a blank or a percent sign.
+    if not re.fullmatch(r"/[\w./+-]+", str(program), re.ASCII):
+        raise ConfigError(f"--program must be an absolute path of letters, digits and ./+-_, found {str(program)!r}")
+    inside = [program]
+    if root == Path("/"):  # an image's links lead nowhere yet
+        inside += [program.resolve(), (program.parent / "python").resolve()]
+    for path in inside:
+        if str(path).startswith(HIDDEN):
+            raise ConfigError(
+                f"the service has no sight of {path}: install bmoe under /opt, in a virtual environment of a Python "
+                "that all can run"
+            )
     if root == Path("/") and not os.access(program, os.X_OK):
         raise ConfigError(f"{program} is no program: install bmoe there, or name it with --program")
 
@@ -217,22 +203,12 @@ def _groups_there(root: Path, text: str) -> str:
     return re.sub(r"(?m)^SupplementaryGroups=(.*)$", kept, text)
 
 
-def _give_to_owner(state: Path) -> None:
-    """What root wrote into a directory of another's must be that one's: the agent runs without any rights of root."""
-    owner = state.stat()
-    if os.geteuid() != 0 or owner.st_uid == 0:
-        return  # before the agent's first start: systemd then gives it the whole
-    for path in (state / "agent.toml", clock.floor_file(state), state / "join", *(state / "join").glob("*")):
-        if path.exists():
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
         import tomli as tomllib
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(head(path, SETTINGS_BYTES).decode())
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None

@@ -8,6 +8,7 @@ write, of identity.json, makes the device enrolled.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
@@ -39,6 +40,7 @@ from bmoe.protocol.tls import mutual_tls
 from edge_agent.fleet import FleetClient, pinned
 from edge_agent.health import board
 from edge_agent.identity import Identity, from_facts, identity_file, load_identity
+from edge_agent.shred import shred
 
 
 def join(
@@ -161,11 +163,12 @@ def _keep(state: Path, folder: Path, url: str, reply: dict[str, Any]) -> Identit
     _check_certificate(identity, certificate)
     _check_own_statement(identity, certificate)
     write_durably(identity.certificate, certificate.public_bytes(Encoding.PEM))
-    previous = _folder_of(state)
     write_durably(identity_file(state), json.dumps(facts, indent=1).encode())
-    (folder / "request.json").unlink()  # holds the token's secret, spent by now
-    if previous is not None and previous != folder:
-        shutil.rmtree(previous, ignore_errors=True)
+    with contextlib.suppress(OSError):  # else at the next start
+        shred(folder / "request.json")  # holds the token's secret, spent by now
+    for other in folder.parent.iterdir():  # the identity before, and what attempts left that were refused
+        if other != folder and re.fullmatch(r"[0-9a-f]{16}", other.name):
+            shutil.rmtree(other, ignore_errors=True)
     return identity
 
 
@@ -224,12 +227,3 @@ def _previous(state: Path) -> Identity | None:
         return load_identity(state)
     except BmoeError:
         return None
-
-
-def _folder_of(state: Path) -> Path | None:
-    """The folder of the identity that is replaced, if it names one of ours."""
-    try:
-        name = json.loads(identity_file(state).read_bytes())["folder"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return identity_file(state).parent / name if re.fullmatch(r"[0-9a-f]{16}", str(name)) else None

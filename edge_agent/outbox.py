@@ -76,6 +76,7 @@ class Outbox:
         self._marks: list[bytes] = []
         self._flushing: asyncio.Task[None] | None = None
         self._closed = False
+        self._damaged = asyncio.Event()
         self.floor_ms = self._floor_on_disk = 0
         try:
             self._pool.submit(self._open).result()
@@ -87,11 +88,9 @@ class Outbox:
 
         Raises UnavailableError when a new block of numbers cannot be made durable, on a full disk.
         """
-        if self._seq >= self._reserved:
+        if self._seq >= self._reserved:  # rare: a burst without any output
             try:
-                self._pool.submit(
-                    self._reserve, self._seq + SEQUENCE_BLOCK
-                ).result()  # rare: a burst without any output
+                self._pool.submit(self._reserve, self._seq + SEQUENCE_BLOCK).result()
             except sqlite3.Error as error:
                 raise UnavailableError(f"the outbox takes nothing: {error}") from None
         self._seq += 1
@@ -126,9 +125,17 @@ class Outbox:
         return [task for task, kept in self._kept.items() if not kept.reported]
 
     async def message(self, task: bytes) -> bytes | None:
-        """The output message kept for a task."""
+        """The output message kept for a task. Raises UnavailableError where the disk does not give it."""
         kept = self._kept.get(task)
-        return None if kept is None else await self._in_thread(lambda: self._read(kept.number))
+        try:
+            return None if kept is None else await self._in_thread(lambda: self._read(kept.number))
+        except sqlite3.Error as error:
+            raise UnavailableError(f"the outbox cannot be read: {error}") from None
+
+    async def until_damaged(self) -> None:
+        """Wait until the file turns out to be damaged, then raise UnavailableError: only opening it anew puts it aside."""
+        await self._damaged.wait()
+        raise UnavailableError(f"{self._path} is damaged")
 
     async def tidy(self, now_ms: int) -> None:
         """Forget what is past its age, and write the marks. Call it now and then."""
@@ -226,7 +233,12 @@ class Outbox:
         heapq.heappush(self._by_deadline_reported if kept.reported else self._by_deadline, (kept.deadline_ms, task))
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except sqlite3.DatabaseError as error:
+            if type(error) is sqlite3.DatabaseError:  # malformed; its subclasses are a full disk, a lock, our mistakes
+                self._damaged.set()
+            raise
 
     # From here on: in the one thread that owns the connection.
 

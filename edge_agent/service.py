@@ -9,21 +9,22 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.errors import ConfigError, UnavailableError
 from bmoe.protocol.state_format import check_format
 from edge_agent import logs
-from edge_agent.agent import Agent, Steps
+from edge_agent.agent import Agent
 from edge_agent.config import AgentSettings
-from edge_agent.enrol import identity_of, token_file, wait_for_time
+from edge_agent.enrol import identity_of, joined_anew, token_file, wait_for_time
 from edge_agent.identity import Identity, identity_file, load_identity
-from edge_agent.systemd import pulse
+from edge_agent.systemd import notify, pulse
+from edge_agent.tasks import Steps
 
 STATE_FORMAT = 1
 
 
 async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noqa: B008
-    """Run an agent until a signal; raises ConfigError when this device has neither joined
-    nor a token to join with, or another process serves it."""
+    """Run an agent until a signal, anew as often as it joins anew. Raises ConfigError when this device has neither joined
+    nor a token to join with, or another process serves it; UnavailableError where a later start may find all well."""
     logs.set_up(settings.log_level, settings.log_format)
     state = settings.state
     if not token_file(state).exists():
@@ -33,10 +34,33 @@ async def serve(settings: AgentSettings, steps: Steps = Steps()) -> None:  # noq
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        identity = await _prepared(state, stop)
-        if identity is not None and not stop.is_set():
-            await Agent(settings, identity, steps=steps).run(stop)
+            loop.add_signal_handler(number, _end, stop)
+        while not stop.is_set():
+            identity = await _prepared(state, stop)
+            if identity is not None and not stop.is_set():
+                await _serve_as(identity, settings, steps, stop)
+
+
+def _end(stop: asyncio.Event) -> None:
+    notify(STOPPING="1", STATUS="stopping")
+    stop.set()
+
+
+async def _serve_as(identity: Identity, settings: AgentSettings, steps: Steps, stop: asyncio.Event) -> None:
+    """One life of the agent: until `stop`, or until this device has joined anew and is perhaps another."""
+    ended = asyncio.Event()
+    ends = [asyncio.ensure_future(work) for work in (stop.wait(), joined_anew(settings.state, stop))]
+    for end in ends:
+        end.add_done_callback(lambda _: ended.set())
+    try:
+        await Agent(settings, identity, steps=steps).run(ended)
+    except ConfigError as error:
+        # A full disk, or a processor that took too long to begin: status 2 would have systemd never try again.
+        raise UnavailableError(str(error)) from None
+    finally:
+        for end in ends:
+            end.cancel()
+        await asyncio.gather(*ends, return_exceptions=True)
 
 
 async def _prepared(state: Path, stop: asyncio.Event) -> Identity | None:

@@ -13,6 +13,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +165,7 @@ class Runner:
         self._worker: _Worker | None = None
         self._ending: list[_Worker] = []
         self._closed = False
+        self._due = 0.0
         self.provider = CPU
 
     @property
@@ -177,9 +179,9 @@ class Runner:
             await self._ready_worker()
 
     async def answers(self) -> bool:
-        """Whether the child answers. One at work does: it is killed when its time is over."""
-        if self._lock.locked():
-            return True
+        """Whether the child answers, or is at work within its time."""
+        if self._lock.locked():  # it is killed when its time is over; one that even that does not end is stuck
+            return time.monotonic() < self._due + ANSWER_TIMEOUT_S
         nobody = ExpertFile(b"", Path())
         try:
             async with self._lock:
@@ -244,6 +246,7 @@ class Runner:
     async def _call(self, expert: ExpertFile, request: Sequence[bytes], timeout_s: float) -> tuple[int, list[bytes]]:
         """Ask the child; errors it replies with are raised, and whatever leaves it unusable replaces it."""
         worker = await self._ready_worker()
+        self._due = time.monotonic() + timeout_s
         try:
             kind, reply = await worker.exchange(request, timeout_s, self._max_bytes)
         except TimeoutError:
@@ -264,6 +267,7 @@ class Runner:
         return kind, reply
 
     async def _ready_worker(self) -> _Worker:
+        self._due = time.monotonic() + START_TIMEOUT_S
         if self._worker is not None and self._worker.process.poll() is not None:
             self._abandon(restart=False)
         await self._end_all()

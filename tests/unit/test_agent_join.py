@@ -19,6 +19,8 @@ from bmoe.protocol.errors import ConfigError, MessageError, RefusedError, Unavai
 from bmoe.protocol.join_token import PREFIX, JoinToken, parse_token
 from bmoe.protocol.keys import Signer
 from bmoe.protocol.tls import mutual_tls
+from edge_agent import cli
+from edge_agent import join as join_module
 from edge_agent.certificates import ensure, is_due, renew, wait_for
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import Identity, identity_file, load_identity
@@ -118,6 +120,32 @@ async def test_joining_again_needs_force_and_keeps_key_and_name_but_not_the_tls_
     assert (second.name, second.signer.public_key) == ("kitchen-pi", first.signer.public_key)
     assert device_spki(second.key) != tls
     assert not first.folder.exists(), "the replaced certificate's key is gone"
+
+
+async def test_what_refused_attempts_left_goes_with_the_next_join(server: FleetServer, tmp_path: Path) -> None:
+    """Each has keys and a request with a token's secret, which may be good for another board still."""
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="is for garden-pi"):
+            await joined(tmp_path / "board", server.token(name="garden-pi"), "kitchen-pi")
+    identity = await joined(tmp_path / "board", server.token(), "kitchen-pi")
+    assert sorted(os.listdir(identity.folder.parent)) == sorted([identity.folder.name, "identity.json"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: it joins for a service that has none of its rights")
+async def test_roots_join_for_an_installed_agent_is_the_agents_to_read(server: FleetServer, tmp_path: Path) -> None:
+    """What `doctor` advises where a certificate is over. The agent may look as soon as identity.json is there."""
+    state = tmp_path / "board"
+    await joined(state, server.token(), "kitchen-pi")
+    for path in (state, *state.rglob("*")):
+        os.chown(path, 61234, 61234)
+    assert await asyncio.to_thread(cli.run_command, ["join", server.token(), "--force", "--state", str(state)]) == 0
+    found = load_identity(state)
+    assert {path.stat().st_uid for path in (state, *state.rglob("*"))} == {61234}
+    assert found.name == "kitchen-pi"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(join_module, "_keep", lambda *_: pytest.fail(str({p.stat().st_uid for p in state.rglob("*")})))
+        with pytest.raises(pytest.fail.Exception, match=r"^\{61234\}$"):
+            await asyncio.to_thread(cli.run_command, ["join", server.token(), "--force", "--state", str(state)])
 
 
 async def test_a_failed_attempt_to_join_anew_leaves_the_old_identity_whole(server: FleetServer, tmp_path: Path) -> None:

@@ -240,6 +240,36 @@ async def test_a_damaged_file_is_set_aside_and_nothing_it_may_have_answered_is_a
     await again.keep(task(99), now_ms() + 2 * AHEAD_MS, b"works again")
 
 
+async def test_damage_that_shows_while_it_is_used_is_told_so_that_the_agent_begins_anew(
+    opened: Open, tmp_path: Path
+) -> None:
+    """Nothing but opening it puts the file aside; an agent that went on would refuse every task."""
+    outbox = opened()
+    watching = asyncio.ensure_future(outbox.until_damaged())
+    for number in range(20):
+        await outbox.keep(task(number), now_ms() + 5000, bytes(3000))
+    outbox._pool.submit(outbox._db.execute, "PRAGMA wal_checkpoint(TRUNCATE)").result()
+    outbox._pool.submit(outbox._db.execute, "PRAGMA cache_size = 0").result()
+    with (tmp_path / "outbox.db").open("r+b") as file:  # what a dying card does
+        file.seek(4096)
+        file.write(os.urandom(40 * 4096))
+    with pytest.raises(UnavailableError, match="malformed"):
+        for number in range(20):
+            await outbox.message(task(number))
+    with pytest.raises(UnavailableError, match="is damaged"):
+        await asyncio.wait_for(watching, 5)
+
+
+async def test_of_damaged_files_one_is_kept(opened: Open, tmp_path: Path) -> None:
+    """A card that dies damages them again and again, and each may be 64 MiB."""
+    for _ in range(3):
+        await opened().close()
+        (tmp_path / "outbox.db").write_bytes(b"noise" * 1000)
+        await opened().close()
+        await asyncio.sleep(0.002)
+    assert len(list(tmp_path.glob("outbox.damaged-*"))) == 1
+
+
 async def test_a_disk_that_takes_nothing_fails_the_output_and_nothing_else(
     opened: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from inference_helpers import MEMORY_MB, put, rows, tensor
 
 from bmoe.inference.runner import Runner
+from bmoe.protocol.errors import InferenceError
+from edge_agent import systemd
 from edge_agent.systemd import notify, pulse, watchdog_s
 
 
@@ -44,10 +47,16 @@ async def test_an_abstract_socket_is_one_too(monkeypatch: pytest.MonkeyPatch) ->
         assert await heard(wire) == "READY=1"
 
 
-def test_without_a_manager_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for address in ("", "nonsense", str(tmp_path / "gone")):
+def test_without_a_manager_no_socket_is_opened_and_one_that_is_gone_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[socket.socket] = []
+    real = socket.socket
+    monkeypatch.setattr(systemd.socket, "socket", lambda *kind: opened.append(real(*kind)) or opened[-1])
+    for address, sockets in (("", 0), ("nonsense", 0), (str(tmp_path / "gone"), 1)):
         monkeypatch.setenv("NOTIFY_SOCKET", address)
         notify(READY="1")
+        assert len(opened) == sockets and all(wire.fileno() == -1 for wire in opened)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +74,6 @@ def test_the_watchdog_is_ours_only_where_it_says_so(
 async def test_the_watchdog_hears_of_us_as_long_as_the_worker_answers_and_no_longer(
     manager: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    import signal
-
     import bmoe.inference.runner as module
 
     monkeypatch.setenv("WATCHDOG_USEC", "150000")
@@ -87,3 +94,37 @@ async def test_the_watchdog_hears_of_us_as_long_as_the_worker_answers_and_no_lon
         os.kill(pid, signal.SIGSTOP)
         assert not await runner.answers(), "a child that is stuck does not answer, and is replaced"
         assert await runner.answers() and runner.pid != pid
+
+
+async def test_a_worker_that_even_a_kill_does_not_end_starves_the_watchdog(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A child that waits for a dead card cannot be killed: the agent waits for its end and computes nothing."""
+    import bmoe.inference.runner as module
+
+    monkeypatch.setattr(module, "ANSWER_TIMEOUT_S", 0.1)
+    over = asyncio.Event()
+
+    async def unkillable(worker: module._Worker) -> str:
+        await over.wait()
+        return await end(worker)
+
+    end = module._Worker.end
+    async with Runner(memory_mb=MEMORY_MB) as runner:
+        await runner.start()
+        expert = put(tmp_path, onnx_models.mlp())
+        await runner.load(expert)
+        monkeypatch.setattr(module._Worker, "end", unkillable)
+        pid = runner.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        running = asyncio.ensure_future(runner.run(expert, [tensor("x", rows(2))], timeout_s=0.3))
+        await asyncio.sleep(0.1)
+        assert await runner.answers(), "it is within its time"
+        while await runner.answers():  # noqa: ASYNC110 (its time passes: nothing happens that could be awaited)
+            await asyncio.sleep(0.02)
+        assert not running.done()
+        over.set()
+        with pytest.raises(InferenceError, match="exceeded 300 ms"):
+            await running
+        assert await runner.answers()

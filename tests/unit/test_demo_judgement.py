@@ -13,7 +13,7 @@ from benchmarks.demo.receipts import flip_bit
 from benchmarks.demo.summary import checks, last_line
 from benchmarks.dishonest import ATTACKS, TWISTS, collude, steps_of, twisted
 from bmoe.protocol.tensors import Tensor
-from edge_agent.agent import Steps
+from edge_agent.tasks import Steps
 
 
 def _row(name: str, standing: str) -> dict[str, Any]:
