@@ -7,6 +7,7 @@ Python lies in a folder of its own (`cp311`), everything else in `any`; the laun
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -106,14 +107,24 @@ def add_system_files(tree: Path) -> None:
         (folder / unit.name).write_text(text)
 
 
+def dependency(pythons: list[str]) -> str:
+    """On a Python 3 of one of these versions, and none between them."""
+    minors = sorted(int(python.split(".")[1]) for python in pythons)
+    wanted = [f"python3 (>= 3.{minors[0]})", f"python3 (<< 3.{minors[-1] + 1})"]
+    for earlier, later in itertools.pairwise(minors):
+        if later > earlier + 1:
+            wanted.append(f"python3 (<< 3.{earlier + 1}) | python3 (>= 3.{later})")
+    return ", ".join(wanted)
+
+
 def build(tree: Path, target: Path, version: str, arch: str, pythons: list[str]) -> None:
     """The package of a tree; the same tree gives the same bytes."""
     kilobytes = sum(path.stat().st_size for path in tree.rglob("*") if path.is_file()) >> 10
-    minors = [int(python.split(".")[1]) for python in pythons]
-    python = f"python3 (>= 3.{min(minors)}), python3 (<< 3.{max(minors) + 1})"
     control = tree / "DEBIAN"
     control.mkdir()
-    (control / "control").write_text(CONTROL.format(version=version, arch=arch, kilobytes=kilobytes, python=python))
+    (control / "control").write_text(
+        CONTROL.format(version=version, arch=arch, kilobytes=kilobytes, python=dependency(pythons))
+    )
     for script in ("postinst", "prerm", "postrm"):
         shutil.copyfile(HERE / script, control / script)
         (control / script).chmod(0o755)

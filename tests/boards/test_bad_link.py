@@ -10,13 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from agent_bench import EXPERT, PATIENCE_S, Bench, Board, bench, board, no_faketime
 from agent_gateway import FleetServer
 from agent_helpers import now_ms
 from certs import FAR_END
 from lossy_wire import LossyWire, why_not
 from mqtt_broker import free_port
-from test_agent_run import EXPERT, Bench
-from test_board_start import PATIENCE_S, Board, bench, board, no_faketime
 
 from bmoe.protocol.messages import Task, open_message
 from edge_agent.identity import identity_file, load_identity

@@ -40,12 +40,12 @@ def make_authority(folder: Path, name: str = "test authority") -> Authority:
     return authority
 
 
-def issue(authority: Authority, name: str, *, server: bool = False) -> tuple[Path, Path]:
-    """Certificate and key files of subject CN=`name`; a server's is also valid for localhost, 127.0.0.1, ::1 and
-    the far end of a lossy wire."""
+def issue(authority: Authority, name: str, *, server: bool = False, days: float = 1) -> tuple[Path, Path]:
+    """Certificate and key files of subject CN=`name`, good for so many days; a server's is also valid for localhost,
+    127.0.0.1, ::1 and the far end of a lossy wire."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    builder = _builder(subject, authority.certificate.subject, key, is_ca=False)
+    builder = _builder(subject, authority.certificate.subject, key, is_ca=False, days=days)
     if server:
         addresses = [x509.IPAddress(ipaddress.ip_address(text)) for text in ("127.0.0.1", "::1", FAR_END)]
         builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost"), *addresses]), False)
@@ -59,7 +59,7 @@ def issue(authority: Authority, name: str, *, server: bool = False) -> tuple[Pat
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_ca: bool
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, *, is_ca: bool, days: float = 1
 ) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.timezone.utc)
     return (
@@ -69,6 +69,6 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
     )

@@ -3,140 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import json
-import os
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import onnx_models
 import pytest
-from agent_helpers import LEDGER, NAME, Gateway, now_ms
-from certs import issue, make_authority
-from mqtt_broker import Broker
-from test_link import Peer
+from agent_bench import COMMAND, EXPERT, Bench, bench
+from agent_helpers import NAME, now_ms
 
 from bmoe.ledger.rules.commitments import commit_rows
 from bmoe.protocol.keys import Signer
-from bmoe.protocol.messages import (
-    Complaint,
-    Health,
-    Notice,
-    Output,
-    Refusal,
-    Sealed,
-    Status,
-    Task,
-    open_message,
-    seal_header,
-    seal_message,
-    tensors_from,
-)
+from bmoe.protocol.messages import Sealed, Task, open_message, tensors_from
 from bmoe.protocol.topics import topic
 
-KINDS: dict[str, Any] = {
-    "output": Output, "refusal": Refusal, "status": Status, "health": Health, "complaint": Complaint,
-}  # fmt: skip
-MODEL = onnx_models.mlp()
-EXPERT = hashlib.sha256(MODEL).digest()
-
-
-class Bench:
-    """An enrolled board with one expert on its disk, the process that serves it, and a coordinator's ear."""
-
-    def __init__(self, folder: Path, broker: Broker) -> None:
-        self.state, self.broker, self.gateway = folder / "board", broker, Gateway()
-        self.signer = Signer.generate()
-        self.ear = Peer(broker.settings("coordinator"))
-        for channel in KINDS:
-            self.ear.link.subscribe(topic(NAME, channel))
-        self.process: subprocess.Popen[bytes] | None = None
-        self._enrol()
-        experts = self.state / "experts"
-        experts.mkdir()
-        (experts / f"{EXPERT.hex()}.onnx").write_bytes(MODEL)
-        (experts / f"{EXPERT.hex()}.release").write_bytes(self.gateway.release(MODEL))
-
-    def _enrol(self) -> None:
-        folder = self.state / "identity" / ("0" * 16)
-        folder.mkdir(parents=True)
-        certificate, key = issue(self.broker.authority, NAME)
-        (folder / "device.pem").write_bytes(certificate.read_bytes())
-        (folder / "tls.key").write_bytes(key.read_bytes())
-        (folder / "ca.pem").write_bytes(self.broker.authority.ca.read_bytes())
-        (folder / "signing.key").write_bytes(self.signer.private_key.private_bytes_raw())
-        member = self.gateway.member("coordinator", "coordinator", self.gateway.coordinator.public_key)
-        facts = {
-            "name": NAME, "owner": "acme", "folder": folder.name, "ledger": LEDGER.hex(), "epoch": 0,
-            "registrar": self.gateway.registrar.public_key.hex(), "url": "https://127.0.0.1:1",
-            "broker": {"host": "127.0.0.1", "port": self.broker.port},
-            "members": [base64.b64encode(seal_header(self.gateway.registrar, member)).decode()],
-        }  # fmt: skip
-        (self.state / "identity" / "identity.json").write_text(json.dumps(facts))
-
-    def start(self, **settings: object) -> None:
-        settings = {"release_assurance": "committed", **settings}  # this gateway has no ledger
-        environment = {**os.environ, **{f"BMOE_AGENT_{k.upper()}": str(v) for k, v in settings.items()}}
-        command = [sys.executable, "-c", "from edge_agent.cli import main; main()", "run", "--state", str(self.state)]
-        with (self.state / "log").open("ab") as log:
-            self.process = subprocess.Popen(command, stderr=log, env=environment)
-
-    def log(self) -> str:
-        return (self.state / "log").read_text()
-
-    def heard(self, channel: str) -> list[Sealed[Any]]:
-        """The agent's messages of one channel, each with a good signature."""
-        found = []
-        for name, payload in self.ear.messages:
-            if name == topic(NAME, channel):
-                found.append(open_message(KINDS[channel], payload, 65))
-                found[-1].verify(self.signer.public_key)
-        return found
-
-    async def until(self, channel: str, count: int, timeout_s: float = 20) -> list[Sealed[Any]]:
-        try:
-            await self.ear.until(lambda: len(self.heard(channel)) >= count, timeout_s)
-        except asyncio.TimeoutError:
-            raise AssertionError(f"{len(self.heard(channel))} of {count} {channel} came: {self.log()}") from None
-        return self.heard(channel)
-
-    async def online(self) -> None:
-        births = sum(s.header.state == "online" for s in self.heard("status"))
-        await self.ear.until(lambda: sum(s.header.state == "online" for s in self.heard("status")) > births, 20)
-
-    async def send(self, message: bytes, channel: str = "task") -> None:
-        await self.ear.link.publish(topic(NAME, channel), message, qos=1)
-
-    def notice(self, output: Output, stance: str, root: bytes | None = None) -> bytes:
-        header = Notice(
-            **self.gateway.common("coordinator"),
-            verdicts=((output.task, "accepted", stance, root or output.output_root),),
-        )
-        return seal_message(self.gateway.coordinator, header)
-
-    def end(self) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-
-
-@pytest.fixture
-async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
-    broker = Broker(tmp_path, make_authority(tmp_path / "ca"), users=(NAME, "coordinator"))
-    await broker.start()
-    bench = Bench(tmp_path, broker)
-    await bench.ear.link.start()
-    await bench.ear.link.wait_up(10)
-    yield bench
-    bench.end()
-    await bench.ear.link.stop()
-    broker.kill()
+__all__ = ["bench"]  # a fixture
 
 
 def tensors_of(output: Sealed[Any]) -> Any:
@@ -267,7 +149,7 @@ async def test_a_signal_ends_it_cleanly_and_a_kill_leaves_the_will(bench: Bench,
 async def test_a_second_process_on_the_same_directory_is_turned_away(bench: Bench) -> None:
     bench.start()
     await bench.online()
-    second = [sys.executable, "-c", "from edge_agent.cli import main; main()", "run", "--state", str(bench.state)]
+    second = [*COMMAND, str(bench.state)]
     done = await asyncio.to_thread(subprocess.run, second, capture_output=True, text=True, timeout=30)
     assert done.returncode == 2 and "another bmoe-agent runs" in done.stderr
 
