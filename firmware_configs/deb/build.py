@@ -90,7 +90,10 @@ def unpack(wheel: Path, library: Path, python: str) -> None:
     folder = library / ("any" if shared else f"cp{python.replace('.', '')}")
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
-            if ".data/" not in name and "/tests/" not in name:
+            if ".data/" not in name and "/tests/" not in name and not name.endswith("/"):
+                there = folder / name
+                if there.exists() and there.read_bytes() != archive.read(name):
+                    raise SystemExit(f"{wheel.name}: another version has put {name} where every Python looks already")
                 archive.extract(name, folder)
 
 
