@@ -7,21 +7,25 @@ from the card's wheels, enrolment at a gateway of this machine, tasks, a power c
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from deployment import GATEWAY_SETTINGS, ROOT, Deployment, card_of, flash_target, run_line
 from ledger_check import check_ledger
-from machine import Machine
+from machine import HOST, Machine
 
 from bmoe.client import Answer
 from bmoe.protocol.errors import BmoeError
 from coordinator.boards import load_board
+from coordinator.embedded.ports import read_ports
 from coordinator.emulate.fleet import Fleet
+from coordinator.flash.seed import make_token
 
 BOARD, NAME = "generic-aarch64", "kitchen-pi"
 JOINS_WITHIN_S = 900.0
@@ -31,6 +35,14 @@ WHOLE = (
     "import sqlite3, sys\n"
     "for name in sys.argv[1:]: print(sqlite3.connect(name).execute('pragma integrity_check').fetchone()[0])"
 )
+
+
+def until(true: Callable[[], bool], said: Callable[[], str], within_s: float = 180.0) -> None:
+    """Wait until something is true in the guest, which tells of nothing by itself."""
+    end = time.monotonic() + within_s
+    while not true():
+        assert time.monotonic() < end, said()
+        time.sleep(0.5)
 
 
 def readme_lines() -> list[str]:
@@ -85,11 +97,51 @@ def test_the_token_is_gone_from_the_card(deployed: Deployment) -> None:
     deployed.no_token_left()
 
 
-def test_the_unit_is_as_hard_as_claimed(deployed: Deployment) -> None:
-    said = deployed.board.check("systemd-analyze security bmoe-agent.service --no-pager")
-    exposure = float(re.findall(r"exposure level for bmoe-agent.service: ([0-9.]+)", said)[0])
+@pytest.mark.parametrize("unit", ["bmoe-agent.service", "bmoe-source.service"])
+def test_the_unit_is_as_hard_as_claimed(deployed: Deployment, unit: str) -> None:
+    said = deployed.board.check(f"systemd-analyze security {unit} --no-pager")
+    exposure = float(re.findall(rf"exposure level for {unit}: ([0-9.]+)", said)[0])
     print(f"\nexposure {exposure}")
     assert exposure <= EXPOSURE_MAX, said
+
+
+def test_a_further_token_on_the_card_makes_it_join_anew_without_a_hand(deployed: Deployment) -> None:
+    """What happens at a later boot: `bmoe-token` takes it, root's in the agent's own directory, and the agent uses it."""
+    board, fleet = deployed.board, deployed.fleet
+    line = f"bmoe token create --owner ada --name {NAME} --hours 1 --state {fleet.state}"
+    gateway = f"https://{HOST}:{read_ports(fleet.state)['fleet']}"
+    deployed.token = make_token(run_line(line, deployed.root, {}).strip(), gateway).text()
+    journal = "journalctl -u bmoe-agent --no-pager"
+    joined = f"{journal} | grep -c event=enrolled; true"
+    assert board.check(joined).strip() == "1"
+    board.check(f"echo {deployed.token} > /boot/firmware/bmoe/token && systemctl start bmoe-token.service")
+    until(lambda: board.check(joined).strip() == "2", lambda: board.check("journalctl -u 'bmoe-*' -n 40 --no-pager"))
+    owners = "find /var/lib/private/bmoe-agent -printf '%u\\n' | sort -u"
+    assert board.check(owners).split() == ["bmoe-agent"], "nothing of root's is left in it"
+    deployed.no_token_left()
+    deployed.times["online anew"] = deployed.until_online(True, REJOINS_WITHIN_S)
+    deployed.answers()
+
+
+def test_a_source_asks_at_boot_once_it_has_options(deployed: Deployment) -> None:
+    board, inbox = deployed.board, "/var/lib/bmoe-agent/inbox"
+    assert "bmoe-source" not in board.check("systemctl list-units --state=active,failed --no-pager"), (
+        "skipped until then"
+    )
+    options = f"SOURCE=--model wearable --watch {inbox}"
+    board.check(f"mkdir -p /etc/bmoe-source && echo '{options}' > /etc/bmoe-source/options")
+    board.check("systemctl start bmoe-source")
+
+    def said() -> str:
+        return board.check("journalctl -u bmoe-source -n 40 --no-pager")
+
+    until(lambda: board.run(f"test -d {inbox}/done")[0] == 0, said)
+    make = "import numpy; numpy.save('/tmp/one.npy', numpy.zeros((1, 6, 100), 'float32'))"
+    board.check(f"/opt/bmoe/bin/python -c {shlex.quote(make)} && chmod 644 /tmp/one.npy && mv /tmp/one.npy {inbox}/")
+    until(lambda: board.run(f"test -s {inbox}/one.npy.answer.json")[0] == 0, said)
+    answer = json.loads(board.check(f"cat {inbox}/one.npy.answer.json"))
+    assert answer["parameters"]["assurance"] == "verified", answer
+    board.check("systemctl stop bmoe-source && rm -r /etc/bmoe-source")
 
 
 def test_the_doctor_finds_nothing_wrong(deployed: Deployment) -> None:
