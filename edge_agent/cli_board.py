@@ -60,7 +60,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from edge_agent.config import SYSTEM_STATE, load_settings
     from edge_agent.doctor import examine
 
-    if arguments.state is None and SYSTEM_STATE.exists() and not os.access(SYSTEM_STATE, os.R_OK | os.X_OK):
+    if arguments.state is None and os.path.lexists(SYSTEM_STATE) and not os.access(SYSTEM_STATE, os.R_OK | os.X_OK):
         raise ConfigError(f"{SYSTEM_STATE} can be read by root and the agent alone: sudo bmoe-agent doctor")
     findings = examine(load_settings(state=arguments.state, config=arguments.config))
     if arguments.json:

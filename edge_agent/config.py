@@ -18,7 +18,8 @@ Provider = Annotated[str, StringConstraints(pattern=r"^[A-Z][A-Za-z]{1,40}Execut
 
 def default_state() -> Path:
     """/var/lib/bmoe-agent where that can be written, else a folder of the user's own."""
-    nearest = SYSTEM_STATE if SYSTEM_STATE.exists() else SYSTEM_STATE.parent
+    # An installed agent's is a link into a folder that others cannot even look into.
+    nearest = SYSTEM_STATE if os.path.lexists(SYSTEM_STATE) else SYSTEM_STATE.parent
     if os.access(nearest, os.W_OK | os.X_OK):
         return SYSTEM_STATE
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "bmoe-agent"

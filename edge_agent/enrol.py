@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,12 +43,12 @@ def name_file(state: Path) -> Path:
 
 async def identity_of(state: Path, stop: asyncio.Event) -> Identity | None:
     """Who this device is, enrolled first where a token waits; None if `stop` was set before. Raises ConfigError."""
-    if identity_file(state).exists():
+    if os.path.exists(identity_file(state)):
         _finish(state)
-    elif token_file(state).exists():
+    elif os.path.exists(token_file(state)):
         notify(READY="1", STATUS="not enrolled yet: asking the gateway")
         await _until_enrolled(state, stop, lambda reason: notify(STATUS=f"not enrolled: {reason}"))
-        if not identity_file(state).exists():
+        if not os.path.exists(identity_file(state)):
             return None
     return load_identity(state)
 
@@ -59,7 +60,7 @@ async def joined_anew(state: Path, stop: asyncio.Event) -> None:
     """
     before = _stamp(identity_file(state))
     while not stop.is_set() and _stamp(identity_file(state)) == before:
-        if token_file(state).exists():
+        if os.path.exists(token_file(state)):
             await _until_enrolled(state, stop, lambda reason: None, before=before)
         else:
             await _pause(LOOK_S, stop)
@@ -89,7 +90,7 @@ async def _until_enrolled(
     said, pause_s, tried = "", WAIT_S[0], b""
     watched = (token_file(state), identity_file(state))
     while not stop.is_set() and _stamp(identity_file(state)) == before:
-        if before is not None and not token_file(state).exists():
+        if before is not None and not os.path.exists(token_file(state)):
             return
         token = b""
         try:

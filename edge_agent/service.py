@@ -49,18 +49,20 @@ def _end(stop: asyncio.Event) -> None:
 async def _serve_as(identity: Identity, settings: AgentSettings, steps: Steps, stop: asyncio.Event) -> None:
     """One life of the agent: until `stop`, or until this device has joined anew and is perhaps another."""
     ended = asyncio.Event()
-    ends = [asyncio.ensure_future(work) for work in (stop.wait(), joined_anew(settings.state, stop))]
-    for end in ends:
+    stopped, joined = asyncio.ensure_future(stop.wait()), asyncio.ensure_future(joined_anew(settings.state, stop))
+    for end in (stopped, joined):
         end.add_done_callback(lambda _: ended.set())
     try:
         await Agent(settings, identity, steps=steps).run(ended)
+        if joined.done():
+            joined.result()  # a fault of ours: not to be begun again at once
     except ConfigError as error:
         # A full disk, or a processor that took too long to begin: status 2 would have systemd never try again.
         raise UnavailableError(str(error)) from None
     finally:
-        for end in ends:
-            end.cancel()
-        await asyncio.gather(*ends, return_exceptions=True)
+        stopped.cancel()
+        joined.cancel()
+        await asyncio.gather(stopped, joined, return_exceptions=True)
 
 
 async def _prepared(state: Path, stop: asyncio.Event) -> Identity | None:

@@ -132,8 +132,12 @@ def test_who_may_not_read_the_agents_directory_is_told_whom_to_ask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Else it were said of a board that has joined that it has not."""
-    monkeypatch.setattr(config, "SYSTEM_STATE", tmp_path)
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    link = tmp_path / "bmoe-agent"
+    link.symlink_to("private/bmoe-agent")
+    monkeypatch.setattr(config, "SYSTEM_STATE", link)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != link)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "own"))
+    assert config.default_state() == tmp_path / "own/bmoe-agent"
     assert cli.run_command(["doctor"]) == 2
     assert capsys.readouterr().err.endswith("can be read by root and the agent alone: sudo bmoe-agent doctor\n")
 
