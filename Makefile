@@ -160,7 +160,7 @@ test-mosquitto: $(VENV)/.ready mosquitto
 
 # JetPack 6 has Python 3.10, for which onnxruntime ends with 1.23: what runs on a board must run there.
 VENV_310 := .venv-3.10
-TESTS_310 := agent_admit agent_board agent_complain agent_handover agent_install agent_logs agent_outbox agent_systemd checkpoint combine \
+TESTS_310 := agent_admit agent_board agent_complain agent_handover agent_install agent_jobs agent_logs agent_outbox agent_systemd checkpoint combine \
   commitments encoding envelope golden inference inference_faults keys manifest merkle messages policies providers rules_answers \
   rules_claims rules_complaints rules_credit rules_fold rules_membership rules_replay rules_verdicts source source_folder standing \
   tensors tlog_proof topics voting wycheproof

@@ -60,7 +60,7 @@ async def joined_anew(state: Path, stop: asyncio.Event) -> None:
     """
     before = _stamp(identity_file(state))
     while not stop.is_set() and _stamp(identity_file(state)) == before:
-        if os.path.exists(token_file(state)):
+        if os.path.exists(token_file(state)) and not _used(state):
             await _until_enrolled(state, stop, lambda reason: None, before=before)
         else:
             await _pause(LOOK_S, stop)
@@ -130,10 +130,16 @@ async def _enrol(state: Path, token: bytes, *, force: bool) -> None:
 def _finish(state: Path) -> None:
     """Do what an end right after joining left undone: destroy the token that was used, and the request that holds it."""
     with contextlib.suppress(BmoeError):
-        folder = load_identity(state).folder
-        _shred(folder / "request.json")
-        if folder.name == parse_token(_read(token_file(state)).decode(errors="replace")).token.hex():
-            forget(state)
+        _shred(load_identity(state).folder / "request.json")
+    if _used(state):
+        forget(state)
+
+
+def _used(state: Path) -> bool:
+    """Whether the token that waits is the one that this device has joined with: one that cannot be destroyed, say."""
+    with contextlib.suppress(BmoeError):
+        return load_identity(state).folder.name == parse_token(_read(token_file(state)).decode("latin-1")).token.hex()
+    return False
 
 
 def forget(state: Path) -> None:

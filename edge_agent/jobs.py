@@ -39,7 +39,7 @@ class Jobs:
         try:
             while not stopped.done():
                 done, waited = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                for error in (job.exception() for job in done):
+                for error in (job.exception() for job in done if not job.cancelled()):
                     if error is not None:
                         raise UnavailableError(f"the agent cannot go on: {error}") from None
         finally:

@@ -275,6 +275,27 @@ async def test_an_end_between_the_join_and_the_tokens_destruction_is_made_good(
     assert load_identity(state).name == first.name
 
 
+async def test_a_used_token_that_cannot_be_destroyed_is_not_used_again_and_again(
+    server: FleetServer, state: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody put it there as root, in a folder that the agent cannot write."""
+    monkeypatch.setattr(enrol, "LOOK_S", 0.01)
+
+    def read_only(path: Path) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(enrol, "shred", read_only)
+    leave(state, server.token())
+    await enrolled(state)
+    assert "event=token_not_destroyed" in caplog.text
+    asked = server.requests.count("POST /v1/enrol")
+    serving = asyncio.ensure_future(joined_anew(state, asyncio.Event()))
+    await asyncio.sleep(0.2)
+    assert not serving.done() and server.requests.count("POST /v1/enrol") == asked
+    leave(state, server.token())
+    await asyncio.wait_for(serving, 20)
+
+
 async def test_it_ends_at_once_when_told_to(state: Path, caplog: pytest.LogCaptureFixture) -> None:
     leave(state, "hello")
     stop = asyncio.Event()
