@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import re
+import zoneinfo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,9 @@ def check_timezone(timezone: str | None) -> str:
     """A timezone's name, "" for none; raises ConfigError."""
     if timezone and not _TIMEZONE.fullmatch(timezone):
         raise ConfigError(f"a timezone is spelled like Europe/Berlin, found {timezone[:80]!r}")
+    # None are available on a machine that keeps no list of them.
+    if timezone and (known := zoneinfo.available_timezones()) and timezone not in known:
+        raise ConfigError(f"there is no timezone {timezone[:80]!r}: one is spelled like Europe/Berlin")
     return timezone or ""
 
 

@@ -137,6 +137,7 @@ OPTIONS = [
     (["--name", "Kitchen Pi"], "a device's name has"),
     (["--hostname", "pi.local"], "a host's name has"),
     (["--timezone", "../../etc/passwd"], "a timezone is spelled like"),
+    (["--timezone", "Europe/Belrin"], "there is no timezone 'Europe/Belrin'"),
     (["--wifi-ssid", "home"], "--wifi-country takes two capital letters"),
     (["--wifi-country", "DE"], "go with --wifi-ssid"),
     (["--wifi-ssid", "x" * 33, "--wifi-country", "DE"], "a Wi-Fi name has 1..32 bytes"),
