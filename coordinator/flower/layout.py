@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,8 +100,12 @@ class FlowerLayout:
         return self.folder / "home"
 
     def environment(self) -> Mapping[str, str]:
-        """For every process of flwr: its own folder; no telemetry, no look for updates, nothing installed at run time."""
+        """For every process of flwr: its own folder; no telemetry, no look for updates, nothing installed at run time.
+
+        A SuperLink finds the commands that it starts by PATH, where they need not be: a service's PATH names no venv.
+        """
         return {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "FLWR_HOME": str(self.home.resolve()),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",

@@ -132,14 +132,17 @@ def _serve(state: Path, identity: Identity, wanted: Wanted) -> bool:
 def _start(state: Path, identity: Identity, wanted: Wanted) -> subprocess.Popen[bytes]:
     home = state / FOLDER / "flwr"
     home.mkdir(parents=True, exist_ok=True)
+    bin_folder = Path(sys.executable).parent
     environment = {
-        **os.environ, "FLWR_HOME": str(home.resolve()), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
+        # A SuperNode finds the commands that it starts by PATH, and a service's PATH names no venv.
+        **os.environ, "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "FLWR_HOME": str(home.resolve()), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1",
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     argv = [
-        str(Path(sys.executable).parent / "flower-supernode"), "--superlink", wanted.superlink,
+        str(bin_folder / "flower-supernode"), "--superlink", wanted.superlink,
         "--root-certificates", str(identity.ca.resolve()),
         "--auth-supernode-private-key", str(key_path(state).resolve()),
         "--node-config", f"state={json.dumps(str(state.resolve()))}", "--host", "127.0.0.1", "--port", str(port),
