@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +23,6 @@ from edge_agent.trusted import fleet_client
 from edge_agent.wanted import FOLDER, Result, Wanted, read_wanted
 
 log = logging.getLogger("bmoe.agent")
-NICE = 19
 PREFIX = "/v1/repository/"
 TRIES = 5
 AGAIN_S = 5.0
@@ -57,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True)
     state = parser.parse_args(argv).state
     logs.set_up("info", "text")
-    os.nice(NICE)
     try:
         wanted = read_wanted(state)
         if wanted is None:

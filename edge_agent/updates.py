@@ -18,6 +18,7 @@ from collections.abc import Callable
 from bmoe.protocol.errors import BmoeError, ConfigError
 from bmoe.protocol.files import write_durably
 from bmoe.protocol.messages import Update
+from bmoe.protocol.niceness import make_nice
 from edge_agent.config import AgentSettings
 from edge_agent.logs import event
 from edge_agent.wanted import FOLDER, Result, Wanted, read_result, read_wanted, wanted_of, write_wanted
@@ -25,6 +26,8 @@ from edge_agent.wanted import FOLDER, Result, Wanted, read_result, read_wanted, 
 log = logging.getLogger("bmoe.agent")
 LOOK_S = 0.5
 END_S = 10.0
+# Tasks go first: an update has what they leave.
+NICE = 19
 # A SuperNode and its app are 0.4 GB; a board with less than this fetches over HTTPS.
 FLOWER_MEMORY_MB = 1000
 ISSUED_WINDOW_MS = 10 * 60 * 1000
@@ -91,8 +94,9 @@ class Updates:
         await asyncio.to_thread(self._prepare, wanted)
         argv = (sys.executable, "-m", MODULES[carrier], "--state", str(state))
         log.info(event("update_begins", model=wanted.model, version=wanted.version, carrier=carrier))
-        process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.DEVNULL)
+        process = await asyncio.create_subprocess_exec(*argv, stdin=asyncio.subprocess.DEVNULL, start_new_session=True)
         try:
+            await asyncio.to_thread(make_nice, process.pid, NICE)
             return await self._result(process, wanted, carrier)
         finally:
             await _end(process)

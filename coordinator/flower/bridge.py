@@ -1,16 +1,19 @@
 """The ServerApp: one run for as long as the gateway is up. It carries what the coordinator hands it over a Unix socket.
 
 A line of JSON each way. In: {"id", "node", "rollout", "sizes", "parts": [[path, file, offset, length]]}: push one message to
-one node. Out: {"id", "reply": {...}} or {"id", "error": why}, and {"nodes": [ids]} whenever those online have changed.
+one node; or {"end": true}. Out: {"id", "reply": {...}} or {"id", "error": why}, and {"nodes": [ids]} whenever those
+online have changed.
 It decides nothing and remembers nothing: when it dies, the coordinator pushes again what is still lacking.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import socket
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,11 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from bmoe.protocol.errors import UnavailableError
+from bmoe.protocol.niceness import give_way
+from coordinator.flower.superlink import NICE
 
 RETRY_S = 0.5
-PULL_S = 0.25
+PULL_S = 0.5
 NODES_S = 2.0
 LINE_MAX = 4 << 20
 # A node that is not there any more: the reply never comes, and the message is not delivered later.
@@ -46,6 +51,7 @@ class _Post:
         finally:
             os.close(handle)
         self._buffer = b""
+        self._telling = threading.Lock()
 
     def lines(self, timeout_s: float) -> list[dict[str, Any]]:
         """What has come, after at most a moment; raises UnavailableError when the coordinator has gone."""
@@ -58,7 +64,8 @@ class _Post:
         return [json.loads(line) for line in lines]
 
     def tell(self, values: dict[str, Any]) -> None:
-        self._socket.sendall(json.dumps(values).encode() + b"\n")
+        with self._telling:
+            self._socket.sendall(json.dumps(values).encode() + b"\n")
 
     def close(self) -> None:
         self._socket.close()
@@ -66,7 +73,8 @@ class _Post:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Serve one coordinator after another, until the SuperLink ends the run."""
+    """Serve one coordinator after another, until one says that another bridge serves it, or the SuperLink ends the run."""
+    give_way(NICE)
     path = Path(str(context.run_config["socket"]))
     while True:
         try:
@@ -75,7 +83,7 @@ def main(grid: Grid, context: Context) -> None:
             time.sleep(RETRY_S)
             continue
         try:
-            _serve(grid, post)
+            return _serve(grid, post)
         except (UnavailableError, OSError):
             pass
         finally:
@@ -83,33 +91,43 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _serve(grid: Grid, post: _Post) -> None:
-    waiting: dict[str, int] = {}
-    nodes: list[int] = []
-    pulled = looked = 0.0
-    while True:
-        for job in post.lines(PULL_S if waiting else NODES_S):
-            try:
-                (message,) = grid.push_messages([_message(job)])
-            except Exception as error:  # whatever it is, the coordinator must hear of it and try again
-                post.tell({"id": job.get("id"), "error": str(error)[:300] or type(error).__name__})
-                continue
-            if message:
-                waiting[message] = job["id"]
-            else:
-                post.tell({"id": job["id"], "error": "the node is not online"})
-        now = time.monotonic()
-        if waiting and now - pulled >= PULL_S:
-            pulled = now
-            for reply in grid.pull_messages(list(waiting)):
-                job_id = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if job_id is not None:
-                    post.tell({"id": job_id, **_read(reply)})
-        if now - looked >= NODES_S:
-            looked = now
-            online = sorted(grid.get_node_ids())
-            if online != nodes:
-                nodes = online
-                post.tell({"nodes": nodes})
+    """Until the coordinator says that it is the end; raises UnavailableError or OSError when it has gone without a word."""
+    nodes: list[int] | None = None
+    looked = 0.0
+    over, pushing = threading.Event(), threading.Lock()
+    try:
+        while True:
+            for job in post.lines(NODES_S):
+                if job.get("end"):
+                    return
+                arguments = (grid, post, job, over, pushing)
+                threading.Thread(target=_carry, args=arguments, name=f"job-{job['id']}", daemon=True).start()
+            if (now := time.monotonic()) - looked >= NODES_S:
+                looked = now
+                if (online := sorted(grid.get_node_ids())) != nodes:
+                    nodes = online
+                    post.tell({"nodes": nodes})
+    finally:
+        over.set()
+
+
+def _carry(grid: Grid, post: _Post, job: dict[str, Any], over: threading.Event, pushing: threading.Lock) -> None:
+    """Push one message, and wait for its reply.
+
+    In a thread of its own: Flower waits for minutes for a reply that a node has begun to send, and others cannot wait
+    for a node that was switched off just then, or that never means to send the rest.
+    """
+    try:
+        with pushing:  # one piece in memory at a time
+            (message,) = grid.push_messages([_message(job)])
+        if not message:
+            return post.tell({"id": job["id"], "error": "the node is not online"})
+        while not over.wait(PULL_S):
+            for reply in grid.pull_messages([message]):
+                return post.tell({"id": job["id"], **_read(reply)})
+    except Exception as error:  # whatever it is, the coordinator must hear of it and try again
+        with contextlib.suppress(OSError):
+            post.tell({"id": job["id"], "error": str(error)[:300] or type(error).__name__})
 
 
 def _message(job: dict[str, Any]) -> Message:

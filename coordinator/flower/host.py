@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ import structlog
 
 from bmoe.protocol.errors import BmoeError, ConfigError
 from bmoe.protocol.figures import hand_on
+from bmoe.protocol.niceness import give_way
 from coordinator.config import load_settings
 from coordinator.embedded.ports import read_ports
 from coordinator.embedded.ready import notify_ready
@@ -65,13 +67,14 @@ async def serve(state: Path) -> None:
 
 
 async def _register(flower: FlowerLayout) -> None:
-    """Whenever a device has sent a key."""
-    seen = -1
+    """Whenever a device has sent a key, or was revoked; what the SuperLink did not do is asked for again."""
+    clock, seen, due, pause = asyncio.get_running_loop().time, -1, math.inf, AGAIN_S
     while True:
         now = flower.keys.stat().st_mtime_ns
-        if now != seen:
+        if now != seen or clock() >= due:
+            pause = AGAIN_S if now != seen else min(2 * pause, AGAIN_MAX_S)
             seen = now
-            await register_all(flower)
+            due = math.inf if await register_all(flower) else clock() + pause
         await asyncio.sleep(LOOK_S)
 
 
@@ -104,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True)
     state = parser.parse_args(argv).state
     set_up_logs("flower")
-    os.nice(NICE)
+    give_way(NICE)
     try:
         settings = load_settings(state=state)
         set_up_logs("flower", settings.log_level, settings.log_format)

@@ -1,6 +1,7 @@
 """The coordinator's end of the bridge: jobs go out to the ServerApp over a Unix socket, replies come back.
 
-More than one bridge may call, for a run of an earlier SuperLink ends late: the first is used, the others wait.
+Where the process beside the SuperLink was killed, its run goes on and another begins: the bridge that called last is
+used, and the one before is told to end, or each such death would leave a run for ever.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +21,7 @@ from coordinator.flower.layout import FlowerLayout
 
 log = structlog.get_logger("flower")
 LINE_MAX = 1 << 20
+END = b'{"end": true}\n'
 
 
 class Post:
@@ -28,7 +29,7 @@ class Post:
 
     def __init__(self, layout: FlowerLayout) -> None:
         self._layout = layout
-        self._bridges: deque[asyncio.StreamWriter] = deque()
+        self._bridge: asyncio.StreamWriter | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._ids = itertools.count(1)
         self._server: asyncio.Server | None = None
@@ -38,7 +39,7 @@ class Post:
     @property
     def connected(self) -> bool:
         """Whether a bridge is there."""
-        return bool(self._bridges)
+        return self._bridge is not None
 
     async def start(self) -> None:
         """Listen for the bridge."""
@@ -55,12 +56,12 @@ class Post:
 
     async def push(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         """Have one message pushed to one node; its reply. Raises UnavailableError where none comes."""
-        if not self._bridges:
+        if self._bridge is None:
             raise UnavailableError("Flower's ServerApp is not there yet")
         number = next(self._ids)
         waiting = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
-            self._bridges[0].write(json.dumps({**job, "id": number}).encode() + b"\n")
+            self._bridge.write(json.dumps({**job, "id": number}).encode() + b"\n")
             return await asyncio.wait_for(waiting, timeout_s)
         except asyncio.TimeoutError:
             raise UnavailableError(f"no reply over Flower within {timeout_s:g} s") from None
@@ -71,31 +72,34 @@ class Post:
         """Hang up."""
         if self._server is not None:
             self._server.close()
-        for bridge in self._bridges:
-            bridge.close()
+        if self._bridge is not None:
+            self._bridge.close()
 
     async def _called(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._bridges.append(writer)
-        log.info("bridge_connected", bridges=len(self._bridges))
+        before, self._bridge = self._bridge, writer
+        log.info("bridge_connected", another=before is not None)
+        if before is not None:
+            self._lost()
+            before.write(END)
+            before.close()
         try:
             async for line in reader:
-                self._hear(json.loads(line), writer is self._bridges[0])
-        except (OSError, ValueError) as error:
-            log.warning("bridge_failed", error=str(error))
+                if writer is self._bridge:
+                    self._hear(json.loads(line))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            log.warning("bridge_failed", error=str(error) or type(error).__name__)
         finally:
-            first = self._bridges[0] is writer
-            self._bridges.remove(writer)
             writer.close()
+            if self._bridge is writer:
+                self._bridge = None
+                self._lost()
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
-            if first:
-                self._lost()
 
-    def _hear(self, values: dict[str, Any], first: bool) -> None:
+    def _hear(self, values: dict[str, Any]) -> None:
         if "nodes" in values:
-            if first:
-                self.nodes = frozenset(values["nodes"])
-                self.on_nodes()
+            self.nodes = frozenset(values["nodes"])
+            self.on_nodes()
             return
         waiting = self._waiting.get(values.get("id", 0))
         if waiting is None or waiting.done():

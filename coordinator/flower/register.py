@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import structlog
 from cryptography.hazmat.primitives import serialization
@@ -18,6 +20,10 @@ from coordinator.flower.layout import CONNECTION, FlowerLayout, flower_program
 
 log = structlog.get_logger("flower")
 COMMAND_S = 60.0
+# A device that sends another key again and again costs the gateway a command of a second or two each time.
+KEY_AGAIN_S = 60.0
+# The word of `flwr supernode list` for one that was unregistered.
+GONE = "unregistered"
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def ask_for(layout: FlowerLayout, device: str, key: str) -> bool:
         return True
     path = layout.keys / f"{device}.pub"
     try:
-        if path.read_text() == key:
+        if path.read_text() == key or abs(time.time() - path.stat().st_mtime) < KEY_AGAIN_S:
             return False
     except FileNotFoundError:
         pass
@@ -65,28 +71,63 @@ def read_nodes(layout: FlowerLayout) -> dict[str, Node]:
         return {}
 
 
-async def register_all(layout: FlowerLayout) -> None:
-    """Register every key that waits, one after the other; forget those of devices that sent another or were revoked."""
-    known = read_nodes(layout)
-    for device in [name for name in known if not (layout.keys / f"{name}.pub").exists()]:
-        await _flwr(layout, "unregister", str(known.pop(device).node), CONNECTION)
-        await asyncio.to_thread(_write, layout, known)
-        log.info("supernode_unregistered", device=device)
-    for path in sorted(layout.keys.glob("*.pub")):
-        device, key = path.stem, path.read_text()
-        before = known.get(device)
-        if not is_name(device) or (before is not None and before.key == key):
+async def register_all(layout: FlowerLayout) -> bool:
+    """Register every key that waits, one after the other, and unregister those of devices that sent another or are gone.
+
+    Whether all of it was done: the SuperLink may be away, and has what it was not told of as before.
+    """
+    known, done = read_nodes(layout), True
+    wanted = {path.stem: path for path in sorted(layout.keys.glob("*.pub")) if is_name(path.stem)}
+    for device, node in list(known.items()):
+        if device in wanted and _key(wanted[device]) == node.key:
             continue
-        if before is not None:
-            await _flwr(layout, "unregister", str(before.node), CONNECTION)
-        said = await _flwr(layout, "register", str(path.resolve()), CONNECTION, "--name", device)
-        node = said.get("node-id")
-        if type(node) is not int and not str(node).isdigit():
-            log.warning("supernode_refused", device=device, said=str(said)[:300])
+        if not await _unregister(layout, device, node):
+            done = False
+            wanted.pop(device, None)  # one device has one SuperNode
             continue
-        known[device] = Node(int(str(node)), key)
+        del known[device]
         await asyncio.to_thread(_write, layout, known)
-        log.info("supernode_registered", device=device, node=known[device].node)
+    for device, path in wanted.items():
+        if device not in known and (key := _key(path)):
+            registered = await _register(layout, device, path, key)
+            if registered is None:
+                done = False
+                continue
+            known[device] = registered
+            await asyncio.to_thread(_write, layout, known)
+    return done
+
+
+def _key(path: Path) -> str:
+    """The key that a device sent, "" once it is revoked."""
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+async def _unregister(layout: FlowerLayout, device: str, node: Node) -> bool:
+    """Whether the SuperLink takes this node no more; what it does not know at all counts as such."""
+    said = await _flwr(layout, "unregister", str(node.node), CONNECTION)
+    if said.get("success") is not True:
+        listed = (await _flwr(layout, "list", CONNECTION)).get("nodes")
+        rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else None
+        if rows is None or any(r.get("node-id") == str(node.node) and r.get("status") != GONE for r in rows):
+            log.warning("supernode_not_unregistered", device=device, node=node.node, said=str(said)[:300])
+            return False
+    log.info("supernode_unregistered", device=device, node=node.node)
+    return True
+
+
+async def _register(layout: FlowerLayout, device: str, path: Path, key: str) -> Node | None:
+    said = await _flwr(layout, "register", str(path.resolve()), CONNECTION, "--name", device)
+    number = said.get("node-id")
+    if type(number) is not int and not str(number).isdigit():
+        log.warning("supernode_refused", device=device, said=str(said)[:300])
+        return None
+    node = Node(int(str(number)), key)
+    log.info("supernode_registered", device=device, node=node.node)
+    return node
 
 
 def forget(layout: FlowerLayout, device: str) -> None:
@@ -108,9 +149,11 @@ async def _flwr(layout: FlowerLayout, *arguments: str) -> dict[str, object]:
     try:
         out, _ = await asyncio.wait_for(process.communicate(), COMMAND_S)
     except asyncio.TimeoutError:
-        process.kill()
-        await process.wait()
         return {"error": f"no answer within {COMMAND_S:g} s"}
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
     try:
         found = json.loads(out)
         return found if isinstance(found, dict) else {"error": str(found)[:300]}

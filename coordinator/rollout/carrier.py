@@ -6,6 +6,7 @@ Nothing here is relied on: an agent that has not said it holds the version is to
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ TOLD_OFTEN, TELL_SELDOM_S = 9, 600.0
 TURN_S = 120.0
 PUSH_S = 300.0
 AGAIN_S = 5.0
+# Nobody has asked for so long: how long a bridge has been away by then says nothing.
+IDLE_S = 10.0
 
 
 @dataclass
@@ -43,7 +46,8 @@ class _Errand:
 class Carrier:
     """One a coordinator. `tell(agent, rollout, carrier)` publishes the update; `parcel(rollout)` gives what to push.
 
-    `post()` is the bridge once it can be called; for `patience_s` from the first errand on it is waited for.
+    `post()` is where a bridge calls, once it can. For `patience_s` a bridge is waited for, at first and whenever it has
+    gone; after that releases go over HTTPS until there is one.
     """
 
     def __init__(
@@ -55,17 +59,16 @@ class Carrier:
         patience_s: float,
     ) -> None:
         self._layout, self._post, self._tell, self._parcel = layout, post, tell, parcel
-        self._patience_s, self._asked = patience_s, 0.0
+        self._patience_s, self._asked, self._bridged = patience_s, -math.inf, -math.inf
         self._errands: dict[tuple[bytes, str], _Errand] = {}
         self._turns: dict[str, tuple[bytes, float]] = {}
 
     def bring(self, rollout: Rollout, agents: list[str], over: str) -> None:
         """See to it that these agents, who lack the version, get it; called again and again, costs nothing meanwhile."""
         now, post = time.monotonic(), self._post()
-        self._asked = self._asked or now
-        if over == "auto" and post is None and now - self._asked < self._patience_s:
+        carrier = "flower" if over == "auto" and self._may_come(post, now) else "https"
+        if carrier == "flower" and post is None:
             return  # the SuperLink is being started
-        carrier = "flower" if post is not None and over == "auto" else "https"
         nodes = read_nodes(self._layout) if carrier == "flower" else {}
         for agent in agents:
             if not self._has_turn(agent, rollout.rollout, now):
@@ -87,6 +90,13 @@ class Carrier:
             return False
         self._turns[agent] = (rollout, since if whose == rollout else now)
         return True
+
+    def _may_come(self, post: Post | None, now: float) -> bool:
+        """Whether a bridge is there, or may still be: SuperNodes are started meanwhile, for that takes as long."""
+        if (post is not None and post.connected) or now - self._asked > IDLE_S:
+            self._bridged = now
+        self._asked = now
+        return now - self._bridged < self._patience_s
 
     def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
         """These agents have what they need, or are away; or the rollout has ended."""

@@ -34,11 +34,11 @@ from edge_agent.logs import event
 from edge_agent.wanted import FOLDER, Wanted, read_result, read_wanted
 
 log = logging.getLogger("bmoe.agent")
-NICE = 19
 LOOK_S = 0.5
 AGAIN_S = 5.0
-# After the result, so long for its reply to be on its way; without one, so long for anything to come.
-LINGER_S = 4.0
+# After the result, so long for its reply to be on its way; without one, so long for anything to come. A SuperNode that is
+# ended while it sends counts as online for a minute, in which its SuperLink refuses it.
+LINGER_S = 10.0
 IDLE_S = 600.0
 REGISTERED_S = 180.0
 PR_SET_PDEATHSIG = 1
@@ -55,7 +55,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--state", type=Path, required=True)
     state = parser.parse_args(argv).state
     logs.set_up("info", "text")
-    os.nice(NICE)
     _die_with_parent()
     try:
         wanted = read_wanted(state)
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ConfigError(f"{state / FOLDER} says of no version that it is wanted")
         identity = load_identity(state)
         public = supernode_key(state)
-        _registered(identity, public)
+        _registered(identity, public, key_path(state))
         return 0 if _serve(state, identity, wanted) else 1
     except BmoeError as error:
         log.error(event("supernode_failed", reason=error))
@@ -88,20 +87,29 @@ def key_path(state: Path) -> Path:
     return state / FOLDER / "supernode.key"
 
 
-def _registered(identity: Identity, public: str) -> None:
-    """Return once the gateway has registered our key; raises UnavailableError when it does not in time."""
+def _registered(identity: Identity, public: str, key: Path) -> None:
+    """Return once the gateway has registered our key; raises UnavailableError when it does not in time.
+
+    A SuperLink takes a key once only. One that it took, and of which the gateway has no note since it was killed just
+    then, is refused for ever: the next try comes with another.
+    """
     fleet = FleetClient(identity.url, lambda: mutual_tls(identity.ca, identity.certificate, identity.key))
     body = json.dumps({"public_key": public}).encode()
     deadline = time.monotonic() + REGISTERED_S
-    reason = "it is being registered"
+    reason = ""
     while time.monotonic() < deadline:
         try:
             if fleet.post_json("/v1/supernode", body).get("registered") is True:
                 return
+            reason = ""
         except UnavailableError as error:
             reason = str(error)
         time.sleep(1.0)
-    raise UnavailableError(f"the gateway has not registered our SuperNode within {REGISTERED_S:g} s: {reason}")
+    if not reason:
+        key.unlink(missing_ok=True)
+    raise UnavailableError(
+        f"the gateway has not registered our SuperNode within {REGISTERED_S:g} s: {reason or 'it waits'}"
+    )
 
 
 def _serve(state: Path, identity: Identity, wanted: Wanted) -> bool:
