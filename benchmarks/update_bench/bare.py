@@ -16,35 +16,9 @@ from pathlib import Path
 from benchmarks.processes import Running, finish, spawn
 from bmoe.protocol.errors import UnavailableError
 from coordinator.embedded.ports import Listen, claim_ports
-from coordinator.flower.layout import flower_program
+from coordinator.flower.layout import app_files, flower_program
 
 UP_S, RUN_S = 120.0, 240.0
-PROJECT = """[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "bare"
-version = "1.0.0"
-description = "One message with some bytes, acknowledged"
-license = "Apache-2.0"
-dependencies = ["flwr>=1.41"]
-
-[tool.hatch.build.targets.wheel]
-packages = ["."]
-
-[tool.flwr.app]
-publisher = "bmoe"
-
-[tool.flwr.app.components]
-serverapp = "bare.server:app"
-clientapp = "bare.client:app"
-
-[tool.flwr.app.config]
-file = ""
-out = ""
-nodes = 1
-"""
 SERVER = """import json
 import time
 from pathlib import Path
@@ -95,12 +69,8 @@ async def bare_seconds(root: Path, file: Path, count: int) -> float:
     """Seconds from the push of a file to `count` SuperNodes to the last acknowledgement."""
     app = root / "app"
     (app / "bare").mkdir(parents=True)
-    for name, text in (
-        ("pyproject.toml", PROJECT),
-        ("bare/__init__.py", ""),
-        ("bare/server.py", SERVER),
-        ("bare/client.py", CLIENT),
-    ):
+    config = 'file = ""\nout = ""\nnodes = 1'
+    for name, text in app_files("bare", "One message with some bytes, acknowledged", SERVER, CLIENT, config).items():
         (app / name).write_text(text)
     ports = claim_ports(root, {"superlink": Listen(), **{f"node-{i}": Listen() for i in range(count)}})
     address = f"127.0.0.1:{ports['superlink']}"

@@ -14,18 +14,14 @@ from bmoe.protocol.files import write_durably
 from coordinator.embedded.state_dir import private_dir
 
 CONNECTION = "bmoe"
-APP = {
-    "bmoe_releases/__init__.py": '"""The app that carries releases: its code is installed with bmoe."""\n',
-    "bmoe_releases/server_app.py": 'from coordinator.flower.bridge import app\n\n__all__ = ["app"]\n',
-    "bmoe_releases/client_app.py": 'from edge_agent.flower.client import app\n\n__all__ = ["app"]\n',
-    "pyproject.toml": """[build-system]
+_PROJECT = """[build-system]
 requires = ["hatchling"]
 build-backend = "hatchling.build"
 
 [project]
-name = "bmoe-releases"
+name = "{name}"
 version = "1.0.0"
-description = "Carries signed expert releases to agents"
+description = "{what}"
 license = "Apache-2.0"
 dependencies = ["flwr>=1.41"]
 
@@ -36,13 +32,32 @@ packages = ["."]
 publisher = "bmoe"
 
 [tool.flwr.app.components]
-serverapp = "bmoe_releases.server_app:app"
-clientapp = "bmoe_releases.client_app:app"
+serverapp = "{package}.server_app:app"
+clientapp = "{package}.client_app:app"
 
 [tool.flwr.app.config]
-socket = ""
-""",
-}
+{config}
+"""
+
+
+def app_files(package: str, what: str, server: str, client: str, config: str) -> dict[str, str]:
+    """The files of a Flower app by path: the code of its two modules, and a project file as `flwr run` wants it."""
+    project = _PROJECT.format(name=package.replace("_", "-"), what=what, package=package, config=config)
+    return {
+        f"{package}/__init__.py": f'"""{what}."""\n',
+        f"{package}/server_app.py": server,
+        f"{package}/client_app.py": client,
+        "pyproject.toml": project,
+    }
+
+
+# Its code is installed with bmoe, on both sides.
+APP = app_files(
+    "bmoe_releases", "Carries signed expert releases to agents",
+    'from coordinator.flower.bridge import app\n\n__all__ = ["app"]\n',
+    'from edge_agent.flower.client import app\n\n__all__ = ["app"]\n',
+    'socket = ""',
+)  # fmt: skip
 
 
 def has_flower() -> bool:
