@@ -24,6 +24,7 @@ from benchmarks.update_demo.load import Load
 from bmoe.protocol.errors import UnavailableError
 from coordinator.flower.layout import has_flower
 from coordinator.models.publish import publish
+from coordinator.rollout.machine import ENDED, UNDER_WAY
 
 OWNER = "bmoe"
 LOOK_S = 0.5
@@ -160,11 +161,11 @@ async def _roll_out(given: argparse.Namespace, fleet: LocalFleet, folder: Path, 
         if fleet.failed.done():
             fleet.failed.result()
         row = next(row for row in await asyncio.to_thread(client.rollouts) if row["model"] == MODEL)
-        text = f"{row['stage']}: wave of {len(row['wave'])}, {len(row.get('holds', ()))} hold it"
-        if text != told:
+        text = f"{row['stage']}: {len(row.get('holds', ()))} of {len(row['wave'])} agents hold it"
+        if text != told and row["wave"] and row["stage"] in UNDER_WAY:
             story.say(f"  {text}")
             told = text
-        if row["stage"] in ("done", "rolled-back", "aborted"):
+        if row["stage"] in ENDED:
             client.close()
             return dict(row)
         await asyncio.sleep(LOOK_S)

@@ -79,7 +79,9 @@ async def test_a_supernodes_request_and_its_answer_pass_whole(tmp_path: Path) ->
         assert proxy.figures() | {"requests": 2, "bytes in": 3, "bytes out": MUCH + 3} == proxy.figures()
 
 
-@pytest.mark.parametrize("path", ["/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/../control/stop-run", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/control/start-run", "/v1/runtime/acquire-task", "/v1/fleet/../control/stop-run", "/"]
+)
 async def test_nothing_but_the_fleets_paths_reaches_the_superlink(tmp_path: Path, path: str) -> None:
     async with site(tmp_path) as (behind, proxy, door, tls):
         assert (await ask(door, tls, path)).startswith(b"HTTP/1.1 403")
