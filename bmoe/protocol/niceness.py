@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 
+OOM_SCORE = 300
 AUTOGROUP_TRIES, AUTOGROUP_AGAIN_S = 5, 0.12
 
 
@@ -21,7 +22,12 @@ def give_way(nice: int) -> None:
 
 
 def make_nice(pid: int, nice: int) -> None:
-    """Make a process of ours as nice as that, and if it leads a session, its session too; one that has gone is no fault."""
+    """Make a process of ours as nice as that, and if it leads a session, its session too; one that has gone is no fault.
+
+    Where memory runs out it goes before those that answer requests.
+    """
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+        file.write(str(OOM_SCORE))
     with contextlib.suppress(ProcessLookupError):
         os.setpriority(os.PRIO_PROCESS, pid, max(nice, os.getpriority(os.PRIO_PROCESS, pid)))
         if os.getsid(pid) != pid:

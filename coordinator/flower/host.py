@@ -24,6 +24,7 @@ from coordinator.embedded.ready import notify_ready
 from coordinator.flower.layout import CONNECTION, FlowerLayout, flower_program
 from coordinator.flower.proxy import Proxy
 from coordinator.flower.register import register_all
+from coordinator.flower.superlink import healthy
 from coordinator.identity.https import server_tls
 from coordinator.identity.infrastructure import SERVER, open_identity
 from coordinator.logs import set_up_logs
@@ -54,7 +55,10 @@ async def serve(state: Path) -> None:
     async with serving(proxy, settings.host, ports["supernodes"], context=context, **limits) as port:
         notify_ready(port=port)
         figures = hand_on(layout.figures("flower"), proxy.figures)
-        duties = {asyncio.create_task(work) for work in (_register(flower), _run_app(flower), figures)}
+        duties = {
+            asyncio.create_task(work)
+            for work in (_register(flower), _run_app(flower, ports["superlink"], layout.ca), figures)
+        }
         stopping = asyncio.create_task(stop.wait())
         await asyncio.wait({stopping, *duties}, return_when=asyncio.FIRST_COMPLETED)
         failed = [duty for duty in duties if duty.done()]
@@ -78,10 +82,12 @@ async def _register(flower: FlowerLayout) -> None:
         await asyncio.sleep(LOOK_S)
 
 
-async def _run_app(flower: FlowerLayout) -> None:
+async def _run_app(flower: FlowerLayout, port: int, ca: Path) -> None:
     """Keep one run of the app going: a run ends with the SuperLink, or when that was away for long."""
     pause = AGAIN_S
     while True:
+        while not await asyncio.to_thread(healthy, port, ca):  # noqa: ASYNC110 (another process has no event)
+            await asyncio.sleep(LOOK_S)
         argv = (
             flower_program("flwr"), "run", str(flower.app.resolve()), CONNECTION, "--stream",
             "--run-config", f'socket="{flower.socket.resolve()}"',

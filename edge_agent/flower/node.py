@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         public = supernode_key(state)
         _registered(identity, public, key_path(state))
         return 0 if _serve(state, identity, wanted) else 1
-    except BmoeError as error:
+    except (BmoeError, OSError) as error:
         log.error(event("supernode_failed", reason=error))
         return 1
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def supernode_key(state: Path) -> str:
     """The public key of our SuperNode in OpenSSH's form; the private one is made on first use and stays here."""
     path, key = key_path(state), None
-    with contextlib.suppress(FileNotFoundError, ValueError):
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, UnsupportedAlgorithm):
         key = serialization.load_ssh_private_key(path.read_bytes(), None)
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         key = ec.generate_private_key(ec.SECP384R1())
@@ -130,9 +131,11 @@ def _serve(state: Path, identity: Identity, wanted: Wanted) -> bool:
                 if found is not None and found.state != "failed" and time.monotonic() - active > LINGER_S:
                     return True
                 if time.monotonic() - active > IDLE_S:
-                    raise UnavailableError(f"nothing came over Flower for {IDLE_S:g} s")
+                    break
         finally:
             _end(child)
+        if time.monotonic() - active > IDLE_S:
+            raise UnavailableError(f"nothing came over Flower for {IDLE_S:g} s")
         log.warning(event("supernode_ended", code=child.returncode, after_s=round(time.monotonic() - began)))
         time.sleep(AGAIN_S)
 
