@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,10 @@ def test_damaged_registrations_are_made_anew(tmp_path: Path, damaged: str) -> No
     layout = FlowerLayout(tmp_path)
     layout.nodes.write_text(damaged)
     assert read_nodes(layout) == {}
+
+
+def test_flowers_commands_are_found_where_no_path_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("/usr/bin:/bin", None):  # a service's, and none at all
+        monkeypatch.setenv("PATH", path) if path else monkeypatch.delenv("PATH")
+        first = FlowerLayout(tmp_path).environment()["PATH"].split(os.pathsep)[0]
+        assert first == str(Path(sys.executable).parent)
