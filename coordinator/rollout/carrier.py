@@ -29,6 +29,9 @@ TOLD_OFTEN, TELL_SELDOM_S = 9, 600.0
 TURN_S = 120.0
 PUSH_S = 300.0
 AGAIN_S = 5.0
+# A board to which Flower brings nothing in so many tries, one after the other, fetches over HTTPS: flwr itself gives a
+# ClientApp 30 seconds to start, which a board that is busy all day may not manage.
+FAILURES = 5
 # Nobody has asked for so long: how long a bridge has been away by then says nothing.
 IDLE_S = 10.0
 
@@ -37,10 +40,12 @@ IDLE_S = 10.0
 class _Errand:
     """What is under way for one agent of one rollout."""
 
+    by: str = ""
     told: float = -TELL_SELDOM_S
     times: int = 0
     pushing: asyncio.Task[None] | None = None
     have: dict[str, int] = field(default_factory=dict)
+    failures: int = 0
 
 
 class Carrier:
@@ -74,10 +79,12 @@ class Carrier:
             if not self._has_turn(agent, rollout.rollout, now):
                 continue
             errand = self._errands.setdefault((rollout.rollout, agent), _Errand())
-            if now - errand.told >= (TELL_AGAIN_S if errand.times < TOLD_OFTEN else TELL_SELDOM_S):
-                errand.told, errand.times = now, errand.times + 1
-                self._tell(agent, rollout, carrier)
-            node = nodes.get(agent)
+            by = carrier if errand.failures < FAILURES else "https"
+            pause = TELL_AGAIN_S if errand.times < TOLD_OFTEN else TELL_SELDOM_S
+            if by != errand.by or now - errand.told >= pause:
+                errand.by, errand.told, errand.times = by, now, errand.times + 1
+                self._tell(agent, rollout, by)
+            node = nodes.get(agent) if by == "flower" else None
             if node is None or post is None or node.node not in post.nodes:
                 continue
             if errand.pushing is None or errand.pushing.done():
@@ -126,6 +133,7 @@ class Carrier:
                     "pushed", agent=agent, state=reply.get("state"), reason=reply.get("reason", ""),
                     ms=round(1000 * (time.monotonic() - began)),
                 )  # fmt: skip
+                errand.failures = 0
                 if reply.get("state") != "lacking":
                     await asyncio.sleep(AGAIN_S)  # its own word comes over MQTT, or it is tried again
                     return
@@ -134,5 +142,6 @@ class Carrier:
                     await asyncio.sleep(AGAIN_S)
                 errand.have = have
         except (BmoeError, OSError, LookupError, TypeError, ValueError) as error:
+            errand.failures += 1
             log.warning("push_failed", agent=agent, node=node, error=str(error)[:300])
             await asyncio.sleep(AGAIN_S)

@@ -128,6 +128,30 @@ async def test_a_push_goes_on_from_where_the_agents_copy_ends(gateway: Gateway) 
     assert [part[2:] for part in second["parts"]] == [[3, 2]], "no push begins again from zero"
 
 
+async def test_a_board_to_which_flower_brings_nothing_again_and_again_fetches_over_https(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.01)
+    await gateway.listen()
+    reader, writer = await gateway.bridge()
+    gateway.layout.nodes.write_text(json.dumps({"pi-1": {"node": 7, "key": "k"}}))
+    await _say(gateway, writer, {"nodes": [7]})
+    for _ in range(module.FAILURES):
+        await _until_told(gateway, "flower")
+        job = json.loads(await asyncio.wait_for(reader.readline(), 5))
+        writer.write(json.dumps({"id": job["id"], "error": "its ClientApp has not started in time"}).encode() + b"\n")
+        await asyncio.sleep(0.05)
+    await _until_told(gateway, "https")
+
+
+async def _until_told(gateway: Gateway, carrier: str) -> None:
+    async with asyncio.timeout(5):
+        gateway.bring()
+        while gateway.told[-1][1] != carrier:
+            await asyncio.sleep(0.02)
+            gateway.bring()
+
+
 @pytest.mark.parametrize(
     "line", [b"\n", b"[]\n", b'{"nodes": 7}\n', b'{"nodes": ["x", {}]}\n', b'{"id": 1}\n', b"\xff\n"]
 )

@@ -1,6 +1,6 @@
 """Put in front of PYTHONPATH by a test: Flower's ClientApp pulls its board's plug at the step that the test has chosen.
 
-KILL_AT is a folder with a file for each agent to die, named as the agent and holding the step; it is gone afterwards.
+KILL_AT is a folder with a file for each agent to die, named as the agent and holding the steps, one for each death.
 """
 
 import os
@@ -18,11 +18,12 @@ def family() -> list[int]:
 
 
 def pull_the_plug(agent: str, step: str) -> None:
-    """SIGKILL for all that makes up the board, if this is its step."""
+    """SIGKILL for all that makes up the board, if this is the step of its next death."""
     order = Path(os.environ["KILL_AT"]) / agent
-    if order.exists() and order.read_text() == step:
+    steps = order.read_text().split()
+    if steps[:1] == [step]:
         board = family()
-        order.unlink()
+        order.write_text(" ".join(steps[1:]))
         for pid in reversed(board):
             os.kill(pid, signal.SIGKILL)
 
