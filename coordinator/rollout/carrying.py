@@ -36,7 +36,7 @@ log = structlog.get_logger("rollout")
 PARCEL_S = 300.0
 LOOK_S = 1.0
 # A SuperLink that is not there after this time is not waited for: releases go over HTTPS.
-FLOWER_S = 90.0
+FLOWER_S = 180.0
 
 
 class Carrying:

@@ -41,7 +41,7 @@ AGAIN_S = 5.0
 # ended while it sends counts as online for a minute, in which its SuperLink refuses it.
 LINGER_S = 10.0
 IDLE_S = 600.0
-REGISTERED_S = 180.0
+REGISTERED_S = 300.0
 PR_SET_PDEATHSIG = 1
 
 
