@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-from collections.abc import Callable
 from typing import Any
 
 import structlog
@@ -34,7 +33,6 @@ class Post:
         self._ids = itertools.count(1)
         self._server: asyncio.Server | None = None
         self.nodes: frozenset[int] = frozenset()
-        self.on_nodes: Callable[[], None] = lambda: None
 
     @property
     def connected(self) -> bool:
@@ -99,7 +97,6 @@ class Post:
     def _hear(self, values: dict[str, Any]) -> None:
         if "nodes" in values:
             self.nodes = frozenset(values["nodes"])
-            self.on_nodes()
             return
         waiting = self._waiting.get(values.get("id", 0))
         if waiting is None or waiting.done():
