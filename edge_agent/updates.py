@@ -26,8 +26,9 @@ from edge_agent.wanted import FOLDER, Result, Wanted, read_result, read_wanted, 
 log = logging.getLogger("bmoe.agent")
 LOOK_S = 0.5
 END_S = 10.0
-# Tasks go first, but on a board that is busy all day an update still gets its tenth of a core, and comes to an end.
-NICE = 10
+# Tasks go first, but on a board that is busy all day an update must still come to an end: flwr gives its ClientApp 30 s to
+# start, for which it needs a good part of a core.
+NICE = 5
 # A SuperNode and its app are 0.4 GB; a board with less than this fetches over HTTPS.
 FLOWER_MEMORY_MB = 1000
 ISSUED_WINDOW_MS = 10 * 60 * 1000

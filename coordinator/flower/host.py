@@ -37,7 +37,7 @@ AGAIN_S = 2.0
 AGAIN_MAX_S = 60.0
 NODES_MAX = 1024
 EACH = 64
-NICE = 10
+NICE = 5
 
 
 async def serve(state: Path) -> None:

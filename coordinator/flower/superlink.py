@@ -20,7 +20,7 @@ from coordinator.flower.layout import FlowerLayout, flower_program
 READY_S = 120.0
 LOOK_S = 0.5
 # Together 0.3 GB and some seconds of CPU: what answers requests goes first.
-NICE = 10
+NICE = 5
 
 
 def superlink_child(layout: FlowerLayout, port: int, tls: TlsFiles, log: Path) -> Child:
