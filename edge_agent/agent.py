@@ -232,8 +232,9 @@ class Agent:
             await asyncio.sleep(UPKEEP_S)
             if time.monotonic() - tidied >= TIDY_S:
                 tidied = time.monotonic()
+                # Nothing is too old while nobody could get it: a clock that jumps ahead must not cost what was signed.
                 with contextlib.suppress(BmoeError):
-                    await self.parts.outbox.tidy(now_ms())
+                    await self.parts.outbox.tidy(now_ms() if self.link.connected else 0)
             with contextlib.suppress(BmoeError):
                 for claim in self.parts.complaints.overdue(self._connection, now_ms()):
                     await self._complain(claim)

@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from agent_helpers import now_ms
 
 from bmoe.protocol.errors import ConfigError, RefusedError, UnavailableError
+from edge_agent import agent
+from edge_agent.complain import Complaints
 from edge_agent.outbox import AHEAD_MS, SEQUENCE_BLOCK, Outbox
 from edge_agent.report import Reporter
 
@@ -55,6 +58,8 @@ async def test_a_kept_output_is_there_after_a_restart_and_unreported_ones_are_kn
 KILLED = """
 import asyncio, sys
 from pathlib import Path
+from edge_agent import agent
+from edge_agent.complain import Complaints
 from edge_agent.outbox import Outbox
 async def main():
     outbox = Outbox(Path(sys.argv[1]), count=100000, size=1 << 30, age_ms=60000)
@@ -205,6 +210,30 @@ async def test_a_floor_that_could_not_be_written_is_written_the_next_time(
     await outbox.tidy(now_ms())
     await outbox.close()
     assert opened(age_ms=1000).floor_ms == deadline
+
+
+async def test_a_clock_that_is_ahead_costs_nothing_while_there_is_no_link(
+    opened: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A year ahead, everything is too old, and the broker refuses the board for just that clock."""
+    outbox, link = opened(age_ms=1000), SimpleNamespace(connected=False)
+    await outbox.keep(task(1), now_ms() - 5000, b"signed")
+
+    async def nothing() -> None:
+        pass
+
+    complaints = Complaints(size=0, per_minute=0, wait_ms=0)
+    parts = SimpleNamespace(outbox=outbox, complaints=complaints)
+    monkeypatch.setattr(agent, "UPKEEP_S", 0.001)
+    monkeypatch.setattr(agent, "TIDY_S", 0.0)
+    board = SimpleNamespace(parts=parts, link=link, _connection=0, _catch_up=nothing)
+    keeping = asyncio.ensure_future(agent.Agent._keep_up(board))  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    assert outbox.has(task(1))
+    link.connected = True
+    while outbox.has(task(1)):  # noqa: ASYNC110 (it is past its age now, and goes at the next look)
+        await asyncio.sleep(0.005)
+    keeping.cancel()
 
 
 async def test_what_is_past_its_age_is_forgotten_and_the_floor_says_so(opened: Open) -> None:
