@@ -85,7 +85,7 @@ class Complaints:
         return [claim for claim in claims if claim is not None]
 
     def _claim(self, task: bytes, reason: str, known: Open, now_ms: int) -> Claim | None:
-        while self._made and self._made[0] <= now_ms - 60_000:
+        while self._made and not now_ms - 60_000 < self._made[0] <= now_ms:  # or made before the clock was set back
             self._made.popleft()
         if len(self._made) >= self._per_minute:
             self.suppressed += 1

@@ -72,3 +72,12 @@ def test_what_is_kept_for_complaints_is_bounded_and_can_be_nothing() -> None:
     made.watch(task(1), T0, ROOT, bytes(1001))
     assert made.judge(*noticed(1, stance="d"), T0) is None
     assert len(complaints(per_minute=0)) == 0
+
+
+def test_a_clock_that_was_set_back_silences_nobody() -> None:
+    """A year ahead it complained as often as it may; put right, it may again at once."""
+    year_ms = 365 * 86_400_000
+    made = complaints(count=3, per_minute=1)
+    assert made.judge(*noticed(0, stance="d"), T0 + year_ms) is not None
+    assert made.judge(*noticed(1, stance="d"), T0 + year_ms + 1000) is None
+    assert made.judge(*noticed(2, stance="d"), T0) is not None
