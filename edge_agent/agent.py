@@ -189,6 +189,8 @@ class Agent:
 
     def _installed(self, wanted: Wanted, result: Result, carrier: str) -> None:
         """Our signed word of what became of an update; a coordinator that did not hear it asks again."""
+        if result.state == "installed":
+            self.jobs.spawn(self.parts.experts.trim())
         stamp = self.parts.stamp()
         try:
             header = Installed(

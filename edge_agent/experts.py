@@ -7,6 +7,7 @@ SHA-256 is the expert, whoever served it. A part that was left by a broken downl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import os
@@ -91,7 +92,8 @@ class Experts:
     async def trim(self) -> None:
         """Drop what exceeds the cache: updates bring experts past it."""
         async with self._one_at_a_time:
-            await in_thread(lambda: self._make_room(0))
+            with contextlib.suppress(OSError):
+                await in_thread(lambda: self._make_room(0))
 
     async def close(self) -> None:
         """Stop waiting for downloads; what has arrived stays to be resumed."""

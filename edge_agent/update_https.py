@@ -17,7 +17,7 @@ from bmoe.protocol.errors import BmoeError, ConfigError, RefusedError, UnknownEr
 from edge_agent import logs
 from edge_agent.fleet import FleetClient
 from edge_agent.identity import load_identity
-from edge_agent.install_version import install, keep
+from edge_agent.install_version import Source, install, keep
 from edge_agent.logs import event
 from edge_agent.trusted import fleet_client
 from edge_agent.wanted import FOLDER, Result, Wanted, read_wanted
@@ -62,8 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     except BmoeError as error:
         log.error(event("update_failed", reason=error))
         return 1
+    try:
+        source = Gateway(fleet_client(load_identity(state)))
+    except BmoeError as error:  # no try of ours mends that
+        log.error(event("update_failed", reason=error))
+        keep(state, Result(wanted.rollout, "failed", str(error)))
+        return 1
     for left in reversed(range(TRIES)):
-        result = _tried(state, wanted)
+        result = _tried(state, wanted, source)
         log.info(event("install", state=result.state, reason=result.reason))
         if result.state != "failed":
             return 0
@@ -72,10 +78,10 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _tried(state: Path, wanted: Wanted) -> Result:
+def _tried(state: Path, wanted: Wanted, source: Source) -> Result:
     """One try; whatever goes wrong is the agent's to tell, also a fault of ours."""
     try:
-        return install(state, wanted, Gateway(fleet_client(load_identity(state))))
+        return install(state, wanted, source)
     except BmoeError as error:
         return keep(state, Result(wanted.rollout, "failed", str(error)))
     except Exception as error:

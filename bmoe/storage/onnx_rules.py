@@ -134,6 +134,12 @@ def _saturates(found: OnnxFile) -> Iterator[str]:
 def _foreign(found: OnnxFile) -> Iterator[str]:
     """Operators of domains that onnxruntime does not bring along; those that the file defines itself are its own."""
     for operator in found.operators:
+        if operator.name == "EPContext":
+            yield (
+                f"operator {operator.name!r}{_where(operator)} holds, or names a file of, code compiled for one accelerator,"
+                " which nobody else can check; export the model itself"
+            )
+            return
         if operator.domain not in OPSETS and (operator.domain, operator.name) not in found.functions:
             yield (
                 f"operator {operator.name!r}{_where(operator)} is of the domain {operator.domain!r}, which needs a library"

@@ -167,6 +167,26 @@ async def test_the_longest_unused_goes_when_the_disk_share_is_full(bench: Bench)
     assert len(list(bench.folder.glob("*.onnx"))) == 2, "fetched again, in place of another"
 
 
+async def test_what_updates_brought_past_the_bound_goes_and_a_strangers_file_stays(bench: Bench) -> None:
+    digest = bench.release(MODEL)
+    experts = bench.open(cache_bytes=150_000)
+    path = (await experts.get(digest)).file.path
+    os.utime(path, (1, 1))
+    brought = bench.folder / f"{'b' * 64}.onnx"
+    brought.write_bytes(bytes(100_000))
+    (bench.folder / "notes.onnx").write_bytes(b"a user's own")
+    await experts.trim()
+    assert not path.exists() and brought.exists() and (bench.folder / "notes.onnx").exists()
+    assert (await experts.get(digest)).file.path.read_bytes() == MODEL, "fetched again for the next task"
+
+
+async def test_an_expert_that_an_update_dropped_to_make_room_is_fetched_again(bench: Bench) -> None:
+    digest = bench.release(MODEL)
+    experts = bench.open()
+    (await experts.get(digest)).file.path.unlink()
+    assert (await experts.get(digest)).file.path.read_bytes() == MODEL
+
+
 async def test_a_file_damaged_on_disk_is_fetched_again_once_forgotten(bench: Bench) -> None:
     digest = bench.release(MODEL)
     experts = bench.open()

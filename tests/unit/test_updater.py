@@ -7,14 +7,16 @@ import copy
 import os
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from release_site import EPSILON, Site, golden_of, linear, parts_of
 
 from bmoe.protocol.errors import UnavailableError
-from bmoe.storage.download import progress
+from bmoe.storage.download import parts_folder, progress
 from bmoe.storage.installed import pinned, read_record
 from bmoe.storage.manifest import Model, TensorSpec
 from bmoe.storage.publication import bundle
@@ -169,6 +171,79 @@ def test_a_disk_too_small_is_said_before_anything_is_fetched(site: Site, monkeyp
     monkeypatch.setattr("bmoe.storage.download.SPARE_BYTES", 1 << 60)
     assert site.stays("the disk is full").again
     assert blob_path(parts_of(site.model(2))[0]) not in site.reads
+
+
+def test_a_part_that_a_power_cut_spoiled_is_fetched_once_more(site: Site) -> None:
+    """The file has its size, and zeros where the disk had not written yet."""
+    (part,) = parts_of(site.model(2))
+    whole = site.read(blob_path(part), 1 << 20)
+    spoiled = parts_folder(site.board) / part
+    spoiled.write_bytes(whole[:50] + bytes(len(whole) - 60))
+    assert site.stays("bytes of it from an earlier try: fetched anew from the start").again
+    assert site.update(2) == Installed("lines", 2, 1)
+    assert not list(parts_folder(site.board).iterdir())
+
+
+def test_a_source_that_tampers_with_the_rest_of_a_file_is_found_out_at_the_second_try(site: Site) -> None:
+    (part,) = parts_of(site.model(2))
+    whole = site.read(blob_path(part), 1 << 20)
+    site.spoiled[blob_path(part)] = whole[:-1] + bytes([whole[-1] ^ 1])
+    (parts_folder(site.board) / part).write_bytes(whole[:50])
+    assert site.stays("fetched anew").again
+    assert not site.stays("it was tampered with, or damaged").again
+
+
+def test_an_expert_damaged_on_disk_is_fetched_again(site: Site) -> None:
+    (part,) = parts_of(site.model(2))
+    size = len(site.read(blob_path(part), 1 << 20))
+    (site.board / "experts" / f"{part}.onnx").write_bytes(bytes(size))
+    assert site.update(2) == Installed("lines", 2, 1) and site.installed() == 2
+
+
+def test_experts_that_no_version_has_make_room_and_no_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with room for the one or the other: what the agent fetched for tasks goes, the longest unused first."""
+    experts = site.board / "experts"
+    old, new = (experts / f"{c * 64}.onnx" for c in "ab")
+    for path, age in ((old, 500), (new, 100)):
+        path.write_bytes(bytes(300))
+        path.with_suffix(".release").write_bytes(b"")
+        os.utime(path, (time.time() - age, time.time() - age))
+    needed = sum(bundle(site.repository, "lines", 2).blobs.values())
+
+    def room(left: int) -> None:
+        free = lambda path: SimpleNamespace(free=left)  # noqa: E731
+        monkeypatch.setattr("bmoe.storage.download.shutil", SimpleNamespace(disk_usage=free))
+        monkeypatch.setattr("bmoe.storage.download.SPARE_BYTES", needed)
+
+    room(10)
+    assert site.stays("the disk is full").again
+    assert old.exists() and new.exists(), "dropped, and for nothing"
+    (part,) = parts_of(site.model(2))
+    golden = site.model(2).experts[0].golden
+    assert golden is not None
+    size = len(site.read(blob_path(part), 1 << 20)) + golden.bytes + needed
+    begun = sum(path.stat().st_size for path in parts_folder(site.board).iterdir())  # of the update refused above
+    room(size - begun - 200)
+    assert site.update(2) == Installed("lines", 2, 1)
+    assert not old.exists() and not old.with_suffix(".release").exists() and new.exists()
+
+
+def test_a_board_whose_own_record_is_damaged_is_no_fault_of_the_release(site: Site) -> None:
+    (site.board / "updates" / "lines.json").write_bytes(b"{")
+    found = site.update(2)
+    assert isinstance(found, Refused) and found.again and "remove it and the model is installed anew" in found.reason
+    assert pinned(site.board) == set()
+
+
+def test_a_carrier_that_is_behind_is_no_fault_of_the_release(site: Site) -> None:
+    """Flower's parcel was made before the metadata that this board has seen over HTTPS."""
+    early = bundle(site.repository, "lines", 2).metadata
+    site.release(site.model(1, name="other"))
+    assert isinstance(site.update(1, name="other"), Installed)
+    site.spoiled |= early
+    assert site.stays("the repository went back to older metadata").again
+    site.spoiled.clear()
+    assert site.update(2) == Installed("lines", 2, 1)
 
 
 def test_a_disk_that_fills_up_midway_keeps_the_old_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

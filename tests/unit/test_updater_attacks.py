@@ -244,6 +244,10 @@ HOSTILE = {
     "external data beside it": (_external("weights.bin"), "another file"),
     "a custom-op library's operator": (_foreign("evil.ops", True), "needs a library that boards do not load"),
     "an operator of a domain not imported": (_foreign("evil.ops", False), "needs a library that boards do not load"),
+    "an engine compiled for one accelerator": (
+        onnx.model(onnx.graph([onnx.node("EPContext", ["x"], ["y"]) + onnx.field(7, "com.microsoft")], [X], [Y])),
+        "code compiled for one accelerator",
+    ),
     "no model at all": (b"#!/bin/sh\nrm -rf /\n" * 100, "one.onnx"),
 }
 
