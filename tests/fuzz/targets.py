@@ -14,8 +14,9 @@ import targets_board  # noqa: E402
 import targets_gateway  # noqa: E402
 import targets_images  # noqa: E402
 import targets_ledger  # noqa: E402
+import targets_releases  # noqa: E402
 import targets_wire  # noqa: E402
 from target import Target  # noqa: E402
 
-GROUPS = (targets_wire, targets_ledger, targets_gateway, targets_board, targets_images)
+GROUPS = (targets_wire, targets_ledger, targets_gateway, targets_board, targets_images, targets_releases)
 TARGETS: dict[str, Target] = {t.name: t for group in GROUPS for t in group.TARGETS}

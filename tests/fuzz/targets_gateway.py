@@ -34,7 +34,7 @@ from bmoe.protocol.errors import (
 )
 from bmoe.protocol.figures import read_figures
 from bmoe.protocol.keys import Signer
-from bmoe.protocol.messages import Health, Output, Refusal, Status, open_message, seal_message
+from bmoe.protocol.messages import Health, Installed, Output, Refusal, Status, open_message, seal_message
 from bmoe.protocol.tensors import Tensor
 from bmoe.protocol.topics import topic
 from bmoe.storage.manifest import parse_manifest, render_manifest
@@ -115,7 +115,7 @@ def _mqtt_id(data: bytes) -> None:
     mqtt_requests.id_of(data)
 
 
-UP = {"output": Output, "refusal": Refusal, "status": Status, "health": Health}
+UP = {"output": Output, "refusal": Refusal, "status": Status, "health": Health, "installed": Installed}
 
 
 def _from_device(data: bytes) -> None:
@@ -149,9 +149,11 @@ def _device_messages() -> list[bytes]:
         **common, state="online", started_ms=1, version="1", board="Pi", provider="CPU", memory_mb=64, queue_limit=8
     )
     refusal = Refusal(**common, task=task.task, reason="busy", detail="full")
-    return [
-        fleet.output("agent-1", task).message, seal_message(signer, status), seal_message(signer, refusal)
-    ]  # fmt: skip
+    installed = Installed(
+        **common, rollout=b"r" * 16, model="toy", version=2, state="refused", reason="self-test: no", carrier="https"
+    )
+    headers = (status, refusal, installed)
+    return [fleet.output("agent-1", task).message, *(seal_message(signer, header) for header in headers)]
 
 
 def _tokens_file(data: bytes) -> None:

@@ -119,7 +119,8 @@ TARGETS = (
            vary=spoil_message),
     Target("task", _task, lambda: golden("message-task"), (EncodingError, EnvelopeError, MessageError),
            vary=spoil_message),
-    Target("topic", _topic, lambda: [b"bmoe/v1/pi-1/output", b"bmoe/v1/pi-1/request/wearable"], (MessageError,)),
+    Target("topic", _topic, lambda: [b"bmoe/v1/pi-1/output", b"bmoe/v1/pi-1/request/wearable",
+                                     b"bmoe/v1/pi-1/update", b"bmoe/v1/pi-1/installed"], (MessageError,)),
     Target("worker-reply", _worker, _worker_seeds, (InferenceError,), memory=MEGABYTE),
     Target("join-token", _token, lambda: [TOKEN.text().encode()], (MessageError,), vary=_vary_token),
 )  # fmt: skip

@@ -6,6 +6,7 @@ Each is an honest version installed, the attack, the refusal in one line, and th
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_models as onnx
@@ -17,6 +18,7 @@ from tuf.api.metadata import Metadata
 from bmoe.ledger.rules.receipt_format import parse_receipt
 from bmoe.protocol.errors import UnavailableError
 from bmoe.storage.manifest import TensorSpec, render_manifest
+from bmoe.storage.origin import make_origin
 from bmoe.storage.publication import publish, withdraw
 from bmoe.storage.repository import LIFE_S
 from bmoe.storage.targets import blob_path, model_receipt_path, release_receipt_path
@@ -160,6 +162,15 @@ def test_other_bytes_under_an_entered_version_are_refused(site: Site) -> None:
     site.enter(site.model(2))
     model = site.model(2, site.expert(onnx_file, golden_of(w)))
     publish(site.repository, "ada", model, render_manifest(model), site.blobs, b"{}")
+    site.stays("the ledger has lines 2 with another manifest or other parts")
+
+
+def test_the_same_experts_under_another_manifest_are_refused(site: Site) -> None:
+    """Labels swapped, or limits widened, by a thief of the repository's keys."""
+    model = site.model(2)
+    site.enter(model)
+    other = replace(model, description="the same, and other labels")
+    publish(site.repository, "ada", other, render_manifest(other), site.blobs, make_origin(other, {}))
     site.stays("the ledger has lines 2 with another manifest or other parts")
 
 
