@@ -30,6 +30,9 @@ class Store(Protocol):
     def put_file(self, path: str, source: Path) -> None:
         """Write a file from one on disk; one that is there, of the same size at least, is left as it is."""
 
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+
     def size(self, path: str) -> int | None:
         """How many bytes the file has; None where there is none."""
 
@@ -83,6 +86,11 @@ class FolderStore:
                 temporary.unlink(missing_ok=True)
                 raise
             sync_folder(file.parent)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with self._named(path) as file:
+            file.unlink(missing_ok=True)
 
     def size(self, path: str) -> int | None:
         """How many bytes the file has; None where there is none."""
@@ -139,6 +147,11 @@ class UrlStore:
             self._obstore.put(self._store, name, source)
             if (found := self._size(name)) != size:
                 raise UnavailableError(f"{self.url}/{path} has {found} bytes after an upload of {size}")
+
+    def remove(self, path: str) -> None:
+        """Remove a file, if it is there."""
+        with contextlib.suppress(UnknownError), self._named(path) as name:
+            self._obstore.delete(self._store, name)
 
     def size(self, path: str) -> int | None:
         """How many bytes the file has; None where there is none."""

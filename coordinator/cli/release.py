@@ -103,6 +103,21 @@ def withdraw(
     typer.echo(f"withdrew {model} version {version} and {len(reply['parts'])} of its parts; {served}")
 
 
+@release_app.command()
+def prune(
+    days: Annotated[int, typer.Option(min=0, help="How long ago a version must have been withdrawn.")] = 90,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    state: State = DEFAULT_STATE,
+) -> None:
+    """Remove files that only versions withdrawn long ago have, or none. Old verdicts of theirs cannot be run again then."""
+    from coordinator.cli.admin import Admin
+
+    found = Admin(state).call("POST", "/v1/admin/blobs/prune", {"days": days, "dry_run": dry_run})
+    for digest in found["blobs"]:
+        typer.echo(digest)
+    typer.echo(f"{'would remove' if dry_run else 'removed'} {len(found['blobs'])} files, {found['bytes']} bytes")
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     built = _object(_object(found["origin_statement"].get("predicate")).get("buildDefinition"))
     sources = built.get("resolvedDependencies")

@@ -62,6 +62,7 @@ def add_admin_routes(app: FastAPI, desk: Desk) -> None:
         ("/v1/admin/releases", "GET", _list_releases),
         ("/v1/admin/releases/{model}/{version}", "GET", _show_release),
         ("/v1/admin/withdrawals", "POST", _withdraw),
+        ("/v1/admin/blobs/prune", "POST", _prune),
         ("/v1/admin/repository/keys", "POST", _rotate),
         ("/v1/admin/repository/unsigned", "GET", _unsigned),
         ("/v1/admin/repository/signed", "POST", _accept),
@@ -176,6 +177,14 @@ async def _withdraw(desk: Desk, request: Request) -> dict[str, Any]:
     except UnsignedError as error:
         return _to_sign(draft, error)
     return {"model": model, "version": version, "parts": parts, "served": served}
+
+
+async def _prune(desk: Desk, request: Request) -> dict[str, Any]:
+    body = await read_json(request)
+    days, dry_run = body.get("days"), body.get("dry_run")
+    if type(days) is not int or not 0 <= days <= 36_500 or type(dry_run) is not bool:
+        raise MessageError('expected {"days": 0..36500, "dry_run": true or false}')
+    return await _shelf(desk).prune(days, dry_run)
 
 
 async def _rotate(desk: Desk, request: Request) -> dict[str, Any]:

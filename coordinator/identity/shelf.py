@@ -19,12 +19,13 @@ from bmoe.protocol.errors import BmoeError, RefusedError, UnavailableError
 from bmoe.protocol.threads import in_thread
 from bmoe.storage import publication
 from bmoe.storage.blobs import open_store
-from bmoe.storage.manifest import Model
+from bmoe.storage.manifest import MAX_MANIFEST_BYTES, Model, parse_manifest
 from bmoe.storage.origin import MAX_ORIGIN_BYTES, check_origin, make_origin
 from bmoe.storage.repository import Repository
 from bmoe.storage.repository_keys import KeyFolder
 from bmoe.storage.targets import experts_and_gate
 from coordinator.config import GatewaySettings
+from coordinator.identity import pruning
 from coordinator.identity.desk import LedgerDesk
 from coordinator.receipts import gather
 from coordinator.state_layout import StateLayout
@@ -126,6 +127,33 @@ class Shelf:
         """Drafts, and who may sign them, of the roles that will expire and whose keys are kept elsewhere."""
         async with self._busy:
             return await in_thread(self.repository.renewals)
+
+    async def prune(self, days: float, dry_run: bool) -> dict[str, Any]:
+        """Remove blobs that no version has but such as were withdrawn so many days ago; what went, or would go.
+
+        Raises UnknownError, InputError, UnavailableError where a manifest that may need some of them cannot be read.
+        """
+        state, before_ms = self._desk.state, int((time.time() - days * 86_400) * 1000)
+
+        def work() -> dict[str, int]:
+            """In a thread: look, and remove."""
+            origins = [found.origin for found in publication.versions(self.repository.load())]
+            found = pruning.old_blobs(self.blobs, days)
+
+            def manifest(digest: str) -> Model:
+                """A version's manifest, from the store."""
+                return parse_manifest(publication.read_blob(self.repository, digest, MAX_MANIFEST_BYTES))
+
+            gone = pruning.needless(state, manifest, origins, found, before_ms)
+            if not dry_run:
+                pruning.remove(gone, self.blobs, self.repository.store)
+            return {digest: found[digest] for digest in sorted(gone)}
+
+        async with self._busy:
+            gone = await in_thread(work)
+        if gone and not dry_run:
+            self._report("blobs_pruned", count=len(gone), bytes=sum(gone.values()))
+        return {"blobs": list(gone), "bytes": sum(gone.values())}
 
     async def list(self) -> list[dict[str, Any]]:
         """Every version in the repository, with what the ledger says of it."""

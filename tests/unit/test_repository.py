@@ -219,6 +219,9 @@ def test_every_store_keeps_its_promise(tmp_path: Path, kind: str) -> None:
     assert store.size(blob_path("ab")) == 100_000 and read_whole(store, blob_path("ab"), 1 << 20) == data
     assert b"".join(store.stream(blob_path("ab"), 99_990)) == data[99_990:]
     assert list(store.stream(blob_path("ab"), 100_000)) == []
+    store.remove(blob_path("ab"))
+    store.remove(blob_path("ab"))
+    assert store.size(blob_path("ab")) is None
     for name in ("../secret", "/etc/passwd", "a/../../b", ".hidden", "", "a\\b", "a\0b"):
         with pytest.raises(InputError, match="is not the name of a file in a store"):
             store.put(name, b"")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +157,44 @@ async def test_a_blob_that_only_the_store_has_is_brought_and_a_damaged_one_is_no
     assert not (site.blobs / part).exists() and not list(site.blobs.glob(".*"))
     with pytest.raises(UnknownError):
         await shelf.fetch_blob("00" * 32)
+
+
+async def test_files_of_a_version_withdrawn_long_ago_go_and_no_others(shelf: Shelf, site: Site) -> None:
+    site.ledger.fleet.state.versions.pop(("toy", 1))  # the fixture's own, of which there is no file
+    shared, gone = site.model(1), site.model(2)
+    stray = site.blob(b"staged, and never published")
+    for path in site.blobs.iterdir():
+        os.utime(path, (1, 1))
+    fresh = site.blob(b"being published now")
+    await shelf.withdraw("lines", 2, "labels swapped")
+    marks = site.ledger.fleet.state.withdrawn_versions
+    marks[("lines", 2)] = replace(marks[("lines", 2)], time_ms=int(time.time() * 1000))
+    assert (await shelf.prune(1, dry_run=False))["blobs"] == [stray], "withdrawn today: it may still be judged"
+    marks[("lines", 2)] = replace(marks[("lines", 2)], time_ms=1)
+    golden = gone.experts[0].golden
+    assert golden is not None
+    wanted = {*parts_of(gone), golden.sha256} - set(parts_of(shared))
+    dry = await shelf.prune(1, dry_run=True)
+    assert set(dry["blobs"]) == wanted and dry["bytes"] > 0
+    assert all((site.blobs / digest).is_file() for digest in wanted)
+    await shelf.prune(1, dry_run=False)
+    assert not any((site.blobs / digest).exists() for digest in wanted) and (site.blobs / fresh).exists()
+    assert all(site.repository.store.size(f"blobs/{digest}") is None for digest in wanted)
+    assert site.update(1) == Installed("lines", 1, 0), "what stands is whole"
+    assert (await shelf.prune(1, dry_run=False))["blobs"] == []
+
+
+async def test_nothing_is_pruned_while_a_manifest_cannot_be_read(shelf: Shelf, site: Site) -> None:
+    site.ledger.fleet.state.versions.pop(("toy", 1))
+    site.blob(b"staged, and never published")
+    for path in site.blobs.iterdir():
+        os.utime(path, (1, 1))
+    before = sorted(site.blobs.iterdir())
+    manifest = site.ledger.fleet.state.versions[("lines", 1)].manifest.hex()
+    site.repository.store.remove(f"blobs/{manifest}")
+    with pytest.raises(UnknownError):
+        await shelf.prune(1, dry_run=False)
+    assert sorted(site.blobs.iterdir()) == before
 
 
 async def test_a_store_that_is_away_holds_up_no_start(shelf: Shelf, site: Site, tmp_path: Path) -> None:
