@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import datetime as dt
 import os
 import shutil
 import signal
@@ -83,6 +84,36 @@ def test_a_board_away_for_many_versions_and_three_changes_of_every_key_catches_u
             site.repository.rotate(role, keys=2, threshold=2)
         site.release(site.model(version))
     assert site.update(5) == Installed("lines", 5, 1)
+
+
+def test_a_board_offline_for_sixty_days_catches_up_and_goes_on_with_what_it_had(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its metadata have expired meanwhile, three times over; the half of a file that had come is not fetched again."""
+    days = [60.0]
+
+    class Simulated(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> dt.datetime:
+            return dt.datetime.fromtimestamp(time.time() - days[0] * 86_400, tz)
+
+    now = SimpleNamespace(datetime=Simulated, timezone=dt.timezone)
+    monkeypatch.setattr("tuf.ngclient._internal.trusted_metadata_set.datetime", now)
+    site.repository._clock = lambda: time.time() - days[0] * 86_400
+    site.repository.change(lambda roles: roles.changed.update(("targets", "owner-ada")))
+    onnx, w = linear(3, padding=60_000)
+    (part,) = parts_of(site.release(site.model(3, site.expert(onnx, golden_of(w)))))
+    site.breaks_after = 40_000
+    assert site.stays("the connection broke", version=3).again
+    had = progress(site.board, {part: len(onnx)})[part]
+    assert had > 30_000
+    while days[0] > 0:
+        days[0] -= 3
+        site.repository.refresh()
+    days[0], site.breaks_after = 0.0, 0
+    site.reads.clear()
+    assert site.update(3) == Installed("lines", 3, 1)
+    assert site.reads[blob_path(part)] == len(onnx) - had
 
 
 def test_another_update_waits_for_the_one_in_work(site: Site) -> None:

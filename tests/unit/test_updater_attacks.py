@@ -13,16 +13,17 @@ import onnx_models as onnx
 import pytest
 from release_site import CLASSES, COLUMNS, EPSILON, Site, golden_of, linear, parts_of
 from test_hostile_models import nested_graphs
-from tuf.api.metadata import Metadata
+from tuf.api.metadata import Metadata, TargetFile
 
 from bmoe.ledger.rules.receipt_format import parse_receipt
-from bmoe.protocol.errors import UnavailableError
+from bmoe.protocol.errors import RefusedError, UnavailableError
 from bmoe.storage.manifest import TensorSpec, render_manifest
 from bmoe.storage.origin import make_origin
 from bmoe.storage.publication import publish, withdraw
 from bmoe.storage.repository import LIFE_S
+from bmoe.storage.repository_roles import Roles
 from bmoe.storage.targets import blob_path, model_receipt_path, release_receipt_path
-from bmoe.storage.update_ledger import Word
+from bmoe.storage.update_ledger import Word, _part
 from bmoe.storage.updater import Installed
 from edge_agent.self_test import reproduces_golden
 
@@ -172,6 +173,55 @@ def test_the_same_experts_under_another_manifest_are_refused(site: Site) -> None
     other = replace(model, description="the same, and other labels")
     publish(site.repository, "ada", other, render_manifest(other), site.blobs, make_origin(other, {}))
     site.stays("the ledger has lines 2 with another manifest or other parts")
+
+
+def _in_the_metadata(site: Site, path: str, target: TargetFile) -> None:
+    """Whoever has the owner's key says something of his own of a target."""
+
+    def say(roles: Roles) -> None:
+        roles.owners["owner-ada"].signed.targets[path] = target
+        roles.changed.add("owner-ada")
+
+    site.repository.change(say)
+
+
+def test_metadata_that_say_something_else_of_a_file_than_its_manifest_are_refused(site: Site) -> None:
+    (part,) = parts_of(site.release(site.model(2)))
+    path = f"lines/one/{part}.onnx"
+    _in_the_metadata(site, path, TargetFile(7, {"sha256": "0" * 64}, path))
+    site.stays("the repository's metadata says of lines/one/")
+
+
+def test_the_manifest_of_another_version_in_its_place_is_refused(site: Site) -> None:
+    site.release(site.model(2))
+    targets = site.repository.load().owners["owner-ada"].signed.targets
+    _in_the_metadata(site, "lines/2/model.json", targets["lines/1/model.json"])
+    site.stays("the manifest is of lines 1, not of lines 2")
+
+
+@pytest.mark.parametrize("length", [0, (1 << 20) + 1])
+def test_a_manifest_without_end_or_without_bytes_is_refused_before_it_is_fetched(site: Site, length: int) -> None:
+    site.release(site.model(2))
+    _in_the_metadata(site, "lines/2/model.json", TargetFile(length, {"sha256": "0" * 64}, "lines/2/model.json"))
+    site.stays(f"the manifest has {length} bytes, at most")
+
+
+def test_a_manifest_named_by_no_sha256_is_refused(site: Site) -> None:
+    site.release(site.model(2))
+    _in_the_metadata(site, "lines/2/model.json", TargetFile(9, {"sha512": "0" * 128}, "lines/2/model.json"))
+    site.stays("the repository names the manifest by no SHA-256")
+
+
+def test_tolerances_other_than_those_entered_are_refused(site: Site) -> None:
+    """The ledger's release of the part is narrower than what the version's manifest, entered too, would have."""
+    model = site.model(2)
+    site.release(model)
+    (part,) = parts_of(model)
+    wide = replace(model.experts[0], outputs=(TensorSpec("y", "float32", (None, CLASSES), 1.0),))
+    with pytest.raises(
+        RefusedError, match=f"the ledger's release of {part[:16]} is not what the manifest says of one.onnx"
+    ):
+        _part(site, Word(site.ledger.fleet.trust), model, wide)
 
 
 def test_an_entry_that_is_not_final_yet_is_waited_for(site: Site) -> None:
