@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from bmoe.protocol.errors import InferenceError, InputError
 from coordinator.cli.tables import out
@@ -60,7 +60,7 @@ def _agree(apart: list[str]) -> None:
 
 
 def _drift_table(findings: list[Finding]) -> Table:
-    table = Table("board", "part", "output", "bits", "drift", "of range", "tolerance", "agrees")
+    table = Table("board", "part", Column("output", overflow="fold"), "bits", "drift", "of range", "allowed", "agrees")
     for f in findings:
         figures = (f"{f.drift.max_abs:.2g}", f"{f.drift.of_range:.2g}", f"{f.epsilon:g}")
         table.add_row(

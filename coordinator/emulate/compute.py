@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bmoe.inference.runner import ExpertFile, Runner
+from bmoe.protocol.errors import InputError
 from coordinator.models import trial
 from coordinator.models.trial import Arrays
 
@@ -45,7 +46,10 @@ async def _compute(python: str, jobs: Sequence[tuple[Path, Mapping[str, np.ndarr
     results = []
     async with Runner(memory_mb=MEMORY_MB, python=python, variant=variant) as runner:
         for path, inputs in jobs:
-            file = ExpertFile(hashlib.sha256(path.read_bytes()).digest(), path)
+            try:
+                file = ExpertFile(hashlib.sha256(path.read_bytes()).digest(), path.resolve())
+            except OSError as error:
+                raise InputError(f"{path}: cannot be read: {error.strerror}") from None
             tensors = [trial.as_tensor(name, array) for name, array in inputs.items()]
             await runner.load(file, timeout_s=RUN_WITHIN_S)
             done = await runner.run(file, tensors, timeout_s=RUN_WITHIN_S)

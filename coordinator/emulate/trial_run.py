@@ -75,7 +75,9 @@ def measure(folder: Path, boards: Sequence[EmulatedBoard], given: Path | None, s
     """Every file of a model on every board against this machine. Raises BmoeError."""
     model = load_model(folder)
     parts, inputs = parts_of(model), inputs_for(folder, model, given)
-    jobs = [((folder / part.file).resolve(), inputs[part.name]) for part in parts]
+    for part in parts:
+        read_part(folder, part)  # what is measured is what the manifest says
+    jobs = [(folder / part.file, inputs[part.name]) for part in parts]
     here = compute("", jobs)
     findings = []
     for board in boards:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 from coordinator.emulate.board import EmulatedBoard, copy_agent, emulated_profile, lay_out
 from coordinator.emulate.cache import Say
 from coordinator.emulate.sysroot import sysroot
+from coordinator.emulate.tools import run_tool
+
+VERSION_WITHIN_S = 30.0
 
 
 class Workshop:
@@ -30,5 +32,4 @@ class Workshop:
 
     def qemu_version(self) -> str:
         """QEMU as it names itself."""
-        done = subprocess.run([sysroot(self._say).qemu, "--version"], capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()[0]
+        return run_tool("QEMU", [str(sysroot(self._say).qemu), "--version"], VERSION_WITHIN_S).splitlines()[0]

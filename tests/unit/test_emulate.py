@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,16 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bmoe.protocol.errors import ConfigError
+from bmoe.protocol.errors import ConfigError, InputError, ManifestError
 from bmoe.storage.packaged import packaged
 from coordinator.boards import boards, load_board
 from coordinator.cli.commands import run
 from coordinator.emulate.board import copy_agent, emulated_profile, lay_out
 from coordinator.emulate.cache import CACHE
+from coordinator.emulate.compute import compute
 from coordinator.emulate.drift import compare
 from coordinator.emulate.fleet import Fleet
 from coordinator.emulate.identity import identity_files
 from coordinator.emulate.sysroot import Sysroot
+from coordinator.emulate.trial_run import measure
 
 
 def test_a_fleet_keeps_the_names_of_its_own_files(tmp_path: Path) -> None:
@@ -114,6 +117,15 @@ def test_whoever_interrupts_does_not_wait_for_the_board(tmp_path: Path) -> None:
         finally:
             child.kill()
             os.kill(int(began.read_text()), signal.SIGKILL)
+
+
+def test_a_file_that_is_not_the_manifests_is_not_measured(tmp_path: Path) -> None:
+    folder = shutil.copytree(packaged("models", "wearable"), tmp_path / "model")
+    (folder / "gate.onnx").write_bytes((folder / "expert-0.onnx").read_bytes())
+    with pytest.raises(ManifestError, match=r"gate\.onnx"):
+        measure(folder, [], None, print)
+    with pytest.raises(InputError, match=r"none\.onnx: cannot be read: No such file"):
+        compute("", [(tmp_path / "none.onnx", {})])
 
 
 def test_drift_is_what_differs() -> None:
