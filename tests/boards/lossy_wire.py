@@ -56,17 +56,22 @@ class LossyWire:
         return ["ip", "netns", "exec", self.name]
 
     def __enter__(self) -> LossyWire:
-        self._ends = [_tun("bmoe-far"), _tun("bmoe-near")]
-        subprocess.run(["ip", "netns", "add", self.name], check=True)
-        for line in (
-            f"ip addr add {FAR_END} peer {NEAR_END} dev bmoe-far",
-            "ip link set bmoe-far up",
-            f"ip link set bmoe-near netns {self.name}",
-            f"ip -n {self.name} addr add {NEAR_END} peer {FAR_END} dev bmoe-near",
-            f"ip -n {self.name} link set bmoe-near up",
-            f"ip -n {self.name} link set lo up",
-        ):
-            subprocess.run(line.split(), check=True)
+        far, near = (f"{end}-{os.getpid()}" for end in ("far", "near"))  # an interface's name has 15 characters
+        self._ends = [_tun(far), _tun(near)]
+        try:
+            for line in (
+                f"ip netns add {self.name}",
+                f"ip addr add {FAR_END} peer {NEAR_END} dev {far}",
+                f"ip link set {far} up",
+                f"ip link set {near} netns {self.name}",
+                f"ip -n {self.name} addr add {NEAR_END} peer {FAR_END} dev {near}",
+                f"ip -n {self.name} link set {near} up",
+                f"ip -n {self.name} link set lo up",
+            ):
+                subprocess.run(line.split(), check=True)
+        except BaseException:
+            self._take_down()
+            raise
         self._thread = threading.Thread(target=self._carry, daemon=True)
         self._thread.start()
         return self
@@ -76,9 +81,12 @@ class LossyWire:
     ) -> None:
         self._ended.set()
         self._thread.join()
+        self._take_down()
+
+    def _take_down(self) -> None:
         for end in self._ends:
             os.close(end)
-        subprocess.run(["ip", "netns", "del", self.name], check=True)
+        subprocess.run(["ip", "netns", "del", self.name], check=False)
 
     def _carry(self) -> None:
         waiting: list[tuple[float, int, int, bytes]] = []
