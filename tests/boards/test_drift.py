@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from drift_table import BOARDS, HERE, SATURATING, Row, kept_classes, measure
+from drift_table import BOARDS, HERE, KEPT, SATURATING, Row, kept_classes, measure, rendered
 
 from coordinator.emulate.board import EmulatedBoard
 
@@ -35,6 +35,12 @@ def test_the_boards_agree_bit_for_bit_with_each_other(measured: Measured) -> Non
     first, *others = [outputs for processor, outputs in measured[1].items() if processor != SATURATING]
     for other in others:
         assert {name for name in first if first[name].tobytes() != other[name].tobytes()} == set()
+
+
+def test_the_kept_document_is_as_make_drift_writes_it() -> None:
+    empty, kept = rendered([], "QEMU"), KEPT.read_text(encoding="utf-8")
+    head, tail = empty.split("\n\nMeasured on ")
+    assert kept.startswith(head) and kept.endswith(tail.split(" and QEMU.")[1]), "never edit it: run `make drift`"
 
 
 def test_the_kept_table_has_the_same_classes(measured: Measured) -> None:
