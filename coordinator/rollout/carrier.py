@@ -106,13 +106,23 @@ class Carrier:
         return now - self._bridged < self._patience_s
 
     def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
-        """These agents have what they need, or are away; or the rollout has ended."""
+        """These agents have what they need, or the rollout has ended."""
         for key in [k for k in self._errands if k[0] == rollout and (agents is None or k[1] in agents)]:
             errand = self._errands.pop(key)
             if errand.pushing is not None:
                 errand.pushing.cancel()
-            if self._turns.get(key[1], (b"", 0.0))[0] == rollout:
-                del self._turns[key[1]]
+            self._end_turn(rollout, key[1])
+
+    def away(self, rollout: bytes, agents: set[str]) -> None:
+        """These agents are away: told at once when they are back, and pushed what they lack from where their copy ends."""
+        for (whose, agent), errand in self._errands.items():
+            if whose == rollout and agent in agents:
+                errand.told, errand.times = -TELL_SELDOM_S, 0
+                self._end_turn(rollout, agent)
+
+    def _end_turn(self, rollout: bytes, agent: str) -> None:
+        if self._turns.get(agent, (b"", 0.0))[0] == rollout:
+            del self._turns[agent]
 
     async def close(self) -> None:
         """End what is being pushed."""

@@ -264,7 +264,7 @@ class Rollouts:
         plan = self._plans.plan(entry.rollout)
         if self.carrier is None or not open_now(plan.windows, time.time()):
             return
-        self.carrier.forget(entry.rollout, {name for name, agent in course.agents.items() if not agent.online})
+        self.carrier.away(entry.rollout, {name for name, agent in course.agents.items() if not agent.online})
         lacking = course.lacking(members(progress, course.agents))[: self._at_once]
         course.ask(lacking)
         self.carrier.bring(entry, lacking, plan.over)

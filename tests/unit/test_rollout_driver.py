@@ -73,6 +73,9 @@ class World:
     def bring(self, rollout: Rollout, agents: list[str], over: str) -> None:
         self.brought = agents
 
+    def away(self, rollout: bytes, agents: set[str]) -> None:
+        pass
+
     def forget(self, rollout: bytes, agents: set[str] | None = None) -> None:
         if agents is None:
             self.brought = []

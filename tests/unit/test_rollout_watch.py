@@ -220,6 +220,8 @@ def test_whoever_never_says_a_word_is_told_more_and_more_seldom(told: tuple[Carr
     clock[0] += TELL_SELDOM_S
     carrier.bring(ENTRY, ["edge-01"], "https")
     assert len(said) == TOLD_OFTEN + 1
-    carrier.forget(ENTRY.rollout, {"edge-01"})  # it was away, and is back
+    carrier._errands[ENTRY.rollout, "edge-01"].have = {"aa": 7}
+    carrier.away(ENTRY.rollout, {"edge-01"})
     carrier.bring(ENTRY, ["edge-01"], "https")
-    assert len(said) == TOLD_OFTEN + 2
+    assert len(said) == TOLD_OFTEN + 2, "it was away, and is back"
+    assert carrier._errands[ENTRY.rollout, "edge-01"].have == {"aa": 7}, "no push begins again from zero"
