@@ -223,7 +223,9 @@ class Rollouts:
         plan, now = self._plans.plan(entry.rollout), time.monotonic()
         watch = course.watch
         facts = Facts(time.time(), course.agents, watch.of_new, watch.of_used, course.passed(now))
-        after = step(course.progress, plan, facts)
+        decided = course.progress  # what the ledger has not taken yet is entered before anything else is decided
+        entered = (decided.stage, decided.wave) == (entry.stage, entry.wave)
+        after = step(decided, plan, facts) if entered else decided
         if used is None and not after.ended:
             after = back(after, "no-fallback: no version is in use to go back to; publish the next one with --serve")
         course.waits = waiting(after, plan, facts)

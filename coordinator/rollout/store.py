@@ -44,6 +44,7 @@ class Plans:
             return parse_plan(self._kept(rollout, "plan"))
         except InputError as error:
             log.warning("rollout_plans_unreadable", error=str(error))
+            self._rows[rollout.hex()]["plan"] = {}  # told once: it is asked for each second
             return Plan()
 
     def progress(self, entry: Rollout) -> Progress:

@@ -299,6 +299,18 @@ async def test_a_stalled_ledger_and_a_full_disk_stop_no_rollback(world: World, m
     assert (await world.look()).stage == "rolled-back" and world.row["stuck"] == ""
 
 
+async def test_while_the_ledger_is_away_no_stage_is_skipped(world: World) -> None:
+    await world.driver.start("toy", 2, AT_ONCE)
+    await world.look()
+    world.stalled = UnavailableError("the ledger engine is away")
+    world.says("agent-1", "installed")
+    for agent in ("agent-2", "agent-3"):
+        await world.look(2)
+        world.says(agent, "installed")
+    world.stalled = None
+    assert (await world.look()).stage == "share"
+
+
 def full_disk(*_: object, **__: object) -> None:
     raise OSError(28, "No space left on device")
 
