@@ -42,21 +42,20 @@ def test_however_often_a_push_breaks_off_every_byte_is_sent_once_and_in_order(
 ) -> None:
     blobs = tuple((f"{i:064x}", size) for i, size in enumerate(sizes))
     parcel, have, sent = Parcel({}, blobs, Path("blobs")), {name: 0 for name, _ in blobs}, 0
-    for _ in range(200):
+    for attempt in range(200):
         found = pieces(parcel, have, room)
         if not found:
             break
         assert sum(int(str(length)) for *_, length in found) <= room
         # The updater stops at the first blob that is not whole: what stands behind it in a message would be lost.
-        for path, _, begin, length in found[: data.draw(st.integers(0, len(found)))]:
+        arrived = data.draw(st.integers(0 if attempt < 20 else 1, len(found)))
+        for path, _, begin, length in found[:arrived]:
             name = str(path).removeprefix("blobs/")
             assert have[name] == begin
             have[name] += int(str(length))
             sent += int(str(length))
             if have[name] < dict(blobs)[name]:
                 break
-    else:
-        pytest.skip("the link never worked")
     assert have == dict(blobs) and sent == sum(sizes)
 
 
