@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 
 from bmoe.ledger.rules.entries import Rollout
+from bmoe.ledger.rules.policies import Decision
 from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.releases import ENDED, under_way
 from bmoe.ledger.rules.state import State
@@ -24,8 +25,9 @@ from bmoe.protocol.errors import BmoeError, RefusedError, UnavailableError, Unkn
 from bmoe.protocol.messages import Installed, ModelRelease
 from bmoe.protocol.text import plain
 from coordinator.catalogue import Catalogue
+from coordinator.collect import Collection
 from coordinator.fleet import Fleet
-from coordinator.jobs import Answered, Request
+from coordinator.jobs import Answered, Job, Request
 from coordinator.rollout.carrier import Carrier
 from coordinator.rollout.course import Course, agents_of, row_of
 from coordinator.rollout.machine import (
@@ -186,10 +188,10 @@ class Rollouts:
             return request
         return replace(request, model=self._catalogue.get(model.name))
 
-    def closed(self, *facts: Any) -> None:
+    def closed(self, job: Job, collection: Collection, decision: Decision) -> None:
         """A task was decided: see `Watch.closed`."""
         for course in self._courses.values():
-            course.watch.closed(*facts)
+            course.watch.closed(job, collection, decision, lambda agent: self._fleet.of(agent).seen)
 
     def on_installed(self, agent: str, said: Installed) -> None:
         """An agent's own word of what became of an update."""

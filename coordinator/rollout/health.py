@@ -111,9 +111,12 @@ def harm(new: Figures, used: Figures, limits: Limits, owners: Mapping[str, str])
     def unanswered(seen: Seen) -> tuple[int, int]:
         return seen.failed, seen.asked
 
+    # Beside the same agents with the version in use: one that is bad at both is no fault of the new one's.
+    both = {agent: seen for agent, seen in used.agents.items() if agent in new.agents and seen.asked}
+    same = Figures(agents=both) if both else used
     checks = (
-        ("dissent", "outputs dissent", without(new, dissent), without(used, dissent) + limits.dissent),
-        ("failures", "calls go unanswered", without(new, unanswered), without(used, unanswered) + limits.failures),
+        ("dissent", "outputs dissent", without(new, dissent), without(same, dissent) + limits.dissent),
+        ("failures", "calls go unanswered", without(new, unanswered), without(same, unanswered) + limits.failures),
         (
             "failures", "tasks end without a verdict", _share(new.failed, new.tasks),
             _share(used.failed, used.tasks) + limits.failures,

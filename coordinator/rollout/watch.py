@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from bmoe.ledger.rules.entries import NOBODY
@@ -28,8 +29,8 @@ class Watch:
     warm: set[tuple[str, bytes]] = field(default_factory=set)
     given: set[str] = field(default_factory=set)
 
-    def closed(self, job: Job, collection: Collection, decision: Decision) -> None:
-        """Fold in a task that was just decided, or was not."""
+    def closed(self, job: Job, collection: Collection, decision: Decision, heard: Callable[[str], float]) -> None:
+        """Fold in a task that was just decided, or was not; `heard` says when an agent last said anything at all."""
         digest = job.expert.digest
         if digest not in self.new and digest not in self.used:
             return
@@ -43,7 +44,8 @@ class Watch:
             seen.dissent += letter in ("d", UNUSABLE)
             self._took(agent, digest, collection.took.get(agent))
         late = time.monotonic() >= collection.deadline
-        silent = collection.pending() if late else []
+        # One that has not been heard of since is away, which is no fault of the version.
+        silent = [a for a in collection.pending() if late and heard(a) > collection.assigned[a]]
         for agent in (*silent, *(a for a, reason in collection.refused.items() if reason in BLAMED)):
             seen = figures.of(agent)
             seen.asked += 1

@@ -138,6 +138,12 @@ def test_what_the_version_in_use_does_as_badly_is_not_held_against_the_new_one()
     assert harm(bad, bad, Limits(), OWNERS) == ""
 
 
+def test_a_board_that_is_bad_at_both_versions_is_no_fault_of_the_new_one() -> None:
+    broken = seen(1, dissent=25, failed=10)
+    used = figures(broken | dict(list(seen(10).items())[1:]))
+    assert harm(figures(broken), used, Limits(), OWNERS) == ""
+
+
 def test_a_minority_that_dissents_or_is_silent_or_slow_stops_no_good_release() -> None:
     for lies in ({"dissent": 50}, {"failed": 50}, {"seconds": 9.0}):
         griefed = figures(seen(4) | dict(list(seen(5, **lies).items())[4:]))  # type: ignore[arg-type]

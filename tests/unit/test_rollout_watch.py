@@ -56,7 +56,7 @@ class Tasks:
 
     async def close(
         self, expert: bytes, answers: dict[str, tuple[float, str]], accepted: int = 0, late: bool = False,
-        refusals: dict[str, str] | None = None, silent: Sequence[str] = (),
+        refusals: dict[str, str] | None = None, silent: Sequence[str] = (), heard: bool = True,
     ) -> None:  # fmt: skip
         release = self.ledger.state.releases[expert]
         job: Job = make_job((Call("public", release, "referee", (tensor_of("x", X),), 2),), self.ledger.now_ms)
@@ -70,7 +70,7 @@ class Tasks:
             collection.took[agent] = seconds
         collection.refused.update(refusals or {})
         letters = "".join(letter for _, letter in answers.values())
-        self.watch.closed(job, collection, Decision(accepted, letters))
+        self.watch.closed(job, collection, Decision(accepted, letters), lambda agent: now + 1 if heard else now - 1)
 
 
 @pytest.fixture
@@ -91,6 +91,8 @@ async def test_silence_counts_once_the_deadline_has_passed_and_not_where_others_
     assert "agent-3" not in tasks.watch.of_new.agents
     await tasks.close(NEW, {"agent-1": (0.1, "a")}, BY_REFEREE, late=True, silent=["agent-3"])
     assert tasks.watch.of_new.agents["agent-3"].failed == 1
+    await tasks.close(NEW, {}, BY_REFEREE, late=True, silent=["agent-4"], heard=False)
+    assert "agent-4" not in tasks.watch.of_new.agents, "it lost its power, which is no fault of the version"
 
 
 async def test_dissent_is_noted_with_whoever_dissents(tasks: Tasks) -> None:
