@@ -16,12 +16,15 @@ from rules_helpers import founded
 
 from bmoe.ledger.rules.entries import Rollout, Withdrawal
 from bmoe.ledger.rules.fold import Applied
+from bmoe.ledger.rules.released import ReleasedModel
 from bmoe.ledger.rules.state import Event
 from bmoe.protocol.errors import BmoeError, InputError, RefusedError, UnavailableError, UnknownError
 from bmoe.protocol.messages import Installed, ModelRelease
 from coordinator.catalogue import Catalogue
+from coordinator.counts import RequestCounts
 from coordinator.fleet import Fleet
-from coordinator.jobs import Request
+from coordinator.gateway import Gateway
+from coordinator.jobs import Answered, Request, Result
 from coordinator.metrics import METRICS
 from coordinator.rollout.course import TURN_S
 from coordinator.rollout.driver import Rollouts
@@ -467,3 +470,35 @@ async def test_what_clients_have_to_know_does_not_change_by_a_rollout(world: Wor
     world.ledger.state.models["toy"] = world.ledger.state.versions["toy", 1]
     with pytest.raises(RefusedError, match=r"version 2 has .* -> z .*, version 1 in use has .* -> y .*with --serve"):
         await world.driver.start("toy", 2, AT_ONCE)
+
+
+@pytest.mark.parametrize(
+    "error", [InputError("x has 4 columns, 5 are declared"), UnavailableError("no verdict on task 00")]
+)
+async def test_a_request_that_the_new_version_cannot_answer_is_answered_by_the_one_in_use(
+    world: World, error: BmoeError
+) -> None:
+    await world.share()
+    versions: list[int] = []
+
+    async def wait(name: str) -> None:
+        pass
+
+    async def infer(model: ReleasedModel, *_: object) -> Answered:
+        versions.append(model.statement.version)
+        if versions[-1] == 2:
+            raise error
+        request = Request(bytes(16), "public", model, (), 3, "referee", "decided", "", 0)
+        return Answered(request, Result((), b"", b"", b"", b""), (), "decided", b"")
+
+    gateway = Gateway.__new__(Gateway)
+    gateway.catalogue, gateway.rollouts = Catalogue(world.ledger.state), world.driver
+    gateway.counts = RequestCounts(gateway.catalogue.names)
+    gateway.usable = SimpleNamespace(wait=wait)  # type: ignore[assignment]
+    gateway._infer = infer  # type: ignore[method-assign]
+    world.driver._courses[world.ledger.state.rollouts["toy"].rollout].share = 1.0
+    answered = await gateway.infer("toy", b"", "public")
+    assert answered.request.model.statement.version == 1 and versions == [2, 1]
+    new = world.driver._courses[world.ledger.state.rollouts["toy"].rollout].watch.of_new
+    counted = (0, 0) if isinstance(error, UnavailableError) else (1, 3)
+    assert (new.requests, new.differing) == counted, "what its tasks have told of already is not counted twice"
