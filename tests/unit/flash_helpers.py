@@ -29,10 +29,10 @@ def away(token: JoinToken, name: str) -> Any:
 
 
 def flashed(
-    monkeypatch: pytest.MonkeyPatch, image: Path | None, output: Path, **wishes: Any
+    monkeypatch: pytest.MonkeyPatch, image: Path | None, output: Path, ask: Any = away, **wishes: Any
 ) -> tuple[list[str], dict[str, Any]]:
-    """Flash to a file with the gateway away; what was said, and the facts."""
-    monkeypatch.setattr(flashing, "ask", away)
+    """Flash to a file, with the gateway away if `ask` gives no other answer; what was said, and the facts."""
+    monkeypatch.setattr(flashing, "ask", ask)
     said: list[str] = []
     desk = Desk(said.append, lambda phase: lambda done, total: None, None, clock=lambda: NOW_S)
     given: dict[str, Any] = {

@@ -18,12 +18,14 @@ import pytest
 from flash_helpers import NOW_S, TOKEN, away, check_ext4, check_fat, check_table, flashed
 from image_maker import CMDLINE, Made, make_image
 
-from bmoe.protocol.errors import ImageError, LimitError
+from bmoe.protocol.errors import ImageError, LimitError, RefusedError
+from bmoe.protocol.join_token import JoinToken
 from coordinator.boards import load_board
 from coordinator.cli.commands import run
 from coordinator.flash import flash as flashing
 from coordinator.flash import overlay
 from coordinator.flash.fat import Fat
+from coordinator.flash.gateway import Standing
 from coordinator.flash.overlay import PLACE
 
 SSH_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIHV0dGVybHkgd2l0aG91dCBtZWFuaW5n operator@desk"
@@ -157,6 +159,20 @@ def test_the_card_holds_token_and_pin_and_no_other_secret(tmp_path: Path, monkey
     data = card.read_bytes()
     assert VECTOR[1].encode() not in data and b"PRIVATE KEY" not in data
     assert data.count(TOKEN.text().encode()) == 1  # not in cloud-init's files, which it copies
+
+
+def test_the_board_bears_the_name_that_its_token_is_bound_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, card = make_image(tmp_path / "system.img"), tmp_path / "card.img"
+
+    def bound(token: JoinToken, name: str) -> Standing:
+        return Standing("pantry", "ada", (NOW_S + 3600) * 1000)
+
+    said, facts = flashed(monkeypatch, made.path, card, ask=bound)
+    assert "the token is good for 1.0 more hours: pantry, owner ada" in said and facts["token_checked"]
+    assert contents(made, card).read("bmoe/name") == b"pantry\n"
+    assert b"hostname=pantry\n" in (contents(made, card).read("firstrun.sh") or b"")
+    with pytest.raises(RefusedError, match="the token is for pantry, not for kitchen"):
+        flashed(monkeypatch, made.path, tmp_path / "other.img", ask=bound, name="kitchen")
 
 
 def test_a_card_that_was_made_before_is_no_image_for_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
