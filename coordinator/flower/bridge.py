@@ -9,9 +9,11 @@ It decides nothing and remembers nothing: when it dies, the coordinator pushes a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -32,6 +34,7 @@ LINE_MAX = 4 << 20
 # A node that is not there any more: the reply never comes, and the message is not delivered later.
 TTL_S = 600.0
 MESSAGE = "query.release"
+PR_SET_PDEATHSIG = 1
 
 app = ServerApp()
 
@@ -74,6 +77,8 @@ class _Post:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Serve one coordinator after another, until one says that another bridge serves it, or the SuperLink ends the run."""
+    # Flower waits for what a SuperLink that is gone no longer sends, and its process would never end.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     give_way(NICE)
     path = Path(str(context.run_config["socket"]))
     while True:

@@ -6,7 +6,9 @@ taken, and the updater judges the bytes as if a stranger had brought them.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from edge_agent.install_version import Received, install, progress
 from edge_agent.wanted import read_result, read_wanted
 
 FILES_MAX = 2048
+PR_SET_PDEATHSIG = 1
 
 app = ClientApp()
 
@@ -39,6 +42,8 @@ class Pieces(Received):
 @app.query("release")
 def release(message: Message, context: Context) -> Message:
     """The reply is {"state": "installed" | "refused" | "failed" | "lacking" | "unwanted", "reason": why, "have": {...}}."""
+    # Whoever ends the SuperNode ends what it has in work: an install may die anywhere, and two at once are of no use.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     try:
         reply = _take(Path(str(context.node_config["state"])), message.content["release"])
     except (BmoeError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
