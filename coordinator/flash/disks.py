@@ -35,6 +35,7 @@ class Disk:
     mounts: tuple[str, ...]
     swaps: tuple[str, ...]
     holders: tuple[str, ...]
+    sector: int = SECTOR
     sequence: str = ""
     twins: tuple[str, ...] = ()
 
@@ -79,6 +80,7 @@ def find_disk(path: Path, root: Path = Path("/")) -> Disk:
         holders=tuple(
             sorted(h.name for part in parts if (part / "holders").is_dir() for h in (part / "holders").iterdir())
         ),
+        sector=int(_read(device / "queue/logical_block_size") or SECTOR),
         sequence=_read(device / "diskseq"),
         twins=tuple(
             n for n in _names(root) if serial and n != name and _serial((folder.parent / n).resolve()) == serial
@@ -98,6 +100,10 @@ def check_disk(disk: Disk, image_bytes: int) -> None:
         (not disk.removable, "is not removable: only SD cards and USB disks are written to"),
         (disk.read_only, "is read-only: look for the lock on the card's edge"),
         (not disk.bytes, "has no medium in it"),
+        (
+            disk.sector != SECTOR,
+            f"has sectors of {disk.sector} bytes: the partition tables of images count in {SECTOR}",
+        ),
         (disk.bytes < image_bytes, f"has {disk.bytes} bytes, the image needs {image_bytes}"),
     ):
         if holds:

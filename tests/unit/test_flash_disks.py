@@ -99,6 +99,7 @@ REFUSALS: list[tuple[str, Callable[[Machine], Any], str]] = [
     ("a loop device", loop, "is not removable"),
     ("a card whose lock is on", lambda m: card(m, ro="1"), "is read-only"),
     ("a reader without a card", lambda m: card(m, size=0), "has no medium in it"),
+    ("a disk of large sectors", lambda m: card(m, queue__logical_block_size="4096"), "has sectors of 4096 bytes"),
     ("a card that is too small", lambda m: card(m, size=4 << 20), r"has 4194304 bytes, the image needs 10485760"),
 ]
 
