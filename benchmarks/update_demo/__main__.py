@@ -28,7 +28,7 @@ from coordinator.rollout.machine import ENDED, UNDER_WAY
 
 OWNER = "bmoe"
 LOOK_S = 0.5
-ROLLOUT_S = 420.0
+ROLLOUT_S = 900.0
 BEFORE_S = 8.0
 # Judged by what the canaries do with copies of clients' requests; a two-core machine's own noise is no harm.
 PLAN: dict[str, Any] = {
