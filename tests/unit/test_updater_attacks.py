@@ -17,10 +17,14 @@ from tuf.api.metadata import Metadata, TargetFile
 
 from bmoe.ledger.rules.receipt_format import parse_receipt
 from bmoe.protocol.errors import RefusedError, UnavailableError
+from bmoe.protocol.keys import Signer
+from bmoe.protocol.messages import ModelRelease, Release, open_message, seal_message
+from bmoe.storage.blobs import FolderStore
 from bmoe.storage.manifest import TensorSpec, render_manifest
 from bmoe.storage.origin import make_origin
 from bmoe.storage.publication import publish, withdraw
-from bmoe.storage.repository import LIFE_S
+from bmoe.storage.repository import LIFE_S, Repository
+from bmoe.storage.repository_keys import KeyFolder
 from bmoe.storage.repository_roles import Roles
 from bmoe.storage.targets import blob_path, model_receipt_path, release_receipt_path
 from bmoe.storage.update_ledger import Word, _part
@@ -259,6 +263,36 @@ def test_committed_takes_the_registrars_statement_and_final_does_not(site: Site)
         site.spoiled[path], site.spoiled[path.replace("receipts", "statements")] = waiting, statement
     site.stays("its entry is not final yet")
     assert site.update(2, word=Word(site.ledger.fleet.trust, "committed")) == Installed("lines", 2, 1)
+
+
+@pytest.mark.parametrize("harm", ["another key", "another ledger"])
+def test_committed_takes_no_statement_but_the_registrars_of_this_ledger(site: Site, harm: str) -> None:
+    """A gateway that has lost its mind, or its keys, states by itself what the ledger has."""
+    (part,) = parts_of(site.release(site.model(2)))
+    fleet = site.ledger.fleet
+    waiting = UnavailableError("not under a cosigned checkpoint yet: ask again later")
+    for path, kind, sealed in (
+        (model_receipt_path("lines", 2), ModelRelease, fleet.state.version_statements[("lines", 2)]),
+        (release_receipt_path(part), Release, fleet.state.release_statements[bytes.fromhex(part)]),
+    ):
+        header = open_message(kind, sealed).header
+        signer, ledger = (Signer.generate(), header.ledger) if harm == "another key" else (fleet.registrar, b"x" * 16)
+        site.spoiled[path] = waiting
+        site.spoiled[path.replace("receipts", "statements")] = seal_message(signer, replace(header, ledger=ledger))
+    site.stays(
+        {"another key": "signature", "another ledger": "the statement is of ledger"}[harm],
+        word=Word(fleet.trust, "committed"),
+    )
+
+
+def test_a_repository_founded_anew_by_another_is_not_followed(site: Site, tmp_path: Path) -> None:
+    """All of it is good by itself, and signed by other keys than those that the board began with."""
+    model = site.model(2)
+    site.enter(model)
+    site.repository = Repository(FolderStore(tmp_path / "another"), KeyFolder(tmp_path / "other keys"))
+    site.repository.found()
+    site.release(model, enter=False)
+    assert site.stays("too few of the right keys signed the repository's metadata").step == "metadata"
 
 
 def test_a_withdrawn_version_is_not_installed(site: Site) -> None:
