@@ -12,6 +12,7 @@ import structlog
 
 from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.rules.receipt_release import verify_model
+from bmoe.ledger.rules.releases import ENDED
 from bmoe.ledger.rules.state import State
 from bmoe.ledger.rules.trust import Trust
 from bmoe.protocol.errors import BmoeError, UnavailableError
@@ -75,9 +76,17 @@ class Usable:
         except asyncio.TimeoutError:
             pass
 
+    def _concerned(self) -> list[ModelRelease]:
+        going = {(r.model, r.version) for r in self._state.rollouts.values() if r.stage not in ENDED}
+        versions = self._state.versions
+        return [*self._state.models.values(), *(versions[key] for key in sorted(going) if key in versions)]
+
     async def prove(self, receipts: Receipts, trust: Trust) -> None:
-        """Ask for receipts of what was in use before this start, until each is proven final."""
-        while missing := [m for m in list(self._state.models.values()) if not self.final(m)]:
+        """Ask for receipts of what was in use or rolled out before this start, until each is proven final.
+
+        On an idle ledger no validator says again what it cosigned.
+        """
+        while missing := [version for version in self._concerned() if not self.final(version)]:
             for version in missing:
                 try:
                     verify_model(await receipts.of_model(version.model, version.version), trust)

@@ -10,7 +10,7 @@ from ledger_fixtures import Fleet
 from receipt_ledger import Ledger
 from rules_helpers import founded
 
-from bmoe.ledger.rules.entries import Withdrawal
+from bmoe.ledger.rules.entries import Rollout, Withdrawal
 from bmoe.ledger.rules.fold import Applied
 from bmoe.ledger.store import model_name
 from bmoe.protocol.errors import UnavailableError, UnknownError
@@ -106,3 +106,22 @@ async def test_at_a_start_on_an_idle_ledger_receipts_tell_what_is_final(tmp_path
         patch.setattr("coordinator.usable.AGAIN_S", 0)
         await asyncio.wait_for(gateway.usable.prove(Receipts(), ledger.fleet.trust), 5)  # type: ignore[arg-type]
     assert asked == ["toy", "toy"] and gateway.version == 1
+
+
+async def test_at_a_start_on_an_idle_ledger_receipts_tell_of_a_version_that_is_being_rolled_out_too(
+    tmp_path: Path,
+) -> None:
+    ledger = Ledger(tmp_path, validators=4)
+    held = {"rollout": b"r" * 16, "model": "toy", "version": 2, "wave": (), "stage": "paused", "reason": "held"}
+    fleet = ledger.fleet
+    fleet.enter("registrar", fleet.release(NEW, "toy-2"), fleet.model([NEW], version=2), (Rollout, held))
+    fleet.enter("coordinator", (Rollout, {**held, "stage": "canary"}))
+    gateway = Coordinator(fleet)
+    size = ledger.seal()
+
+    class Receipts:
+        async def of_model(self, model: str, version: int) -> bytes:
+            return ledger.receipt("model", model_name(model, version), size).encode()
+
+    await asyncio.wait_for(gateway.usable.prove(Receipts(), fleet.trust), 5)  # type: ignore[arg-type]
+    assert gateway.usable.final(fleet.state.versions[("toy", 2)]), "or the rollout would wait for ever"
