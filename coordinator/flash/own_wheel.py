@@ -65,7 +65,11 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 
 
 def _metadata(installed: Distribution, folder: str) -> dict[str, bytes]:
-    texts = {"WHEEL": WHEEL, **{name: installed.read_text(name) for name in ("METADATA", "entry_points.txt")}}
+    # A checkout that was installed in place and comes first on the path has its own under an older name.
+    metadata = installed.read_text("METADATA") or installed.read_text("PKG-INFO")
+    if not metadata:
+        raise ConfigError("bmoe's installation here has no metadata: pip install it anew, or give --wheels")
+    texts = {"WHEEL": WHEEL, "METADATA": metadata, "entry_points.txt": installed.read_text("entry_points.txt")}
     return {f"{folder}/{name}": text.encode() for name, text in texts.items() if text}
 
 

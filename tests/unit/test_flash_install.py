@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import PathDistribution
 from io import BytesIO
 from pathlib import Path
 
@@ -150,3 +151,23 @@ def test_code_that_is_not_what_is_installed_makes_no_wheel(monkeypatch: pytest.M
     monkeypatch.setattr(making.bmoe, "__version__", "0.0.1")
     with pytest.raises(ConfigError, match="install it anew"):
         own_wheel.__wrapped__()
+
+
+@pytest.mark.parametrize("name", ["PKG-INFO", "nothing"])
+def test_metadata_of_a_checkout_that_comes_first_on_the_path_are_as_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """`pip install -e .` leaves them in `bmoe.egg-info`; a wheel without metadata is one that no board can install."""
+    folder = tmp_path / "bmoe.egg-info"
+    folder.mkdir()
+    (folder / name).write_text(f"Metadata-Version: 2.4\nName: bmoe\nVersion: {making.bmoe.__version__}\n")
+    monkeypatch.setattr(making, "distribution", lambda _: PathDistribution(folder))
+    if name == "nothing":
+        monkeypatch.setattr(PathDistribution, "version", making.bmoe.__version__)
+        with pytest.raises(ConfigError, match="no metadata"):
+            own_wheel.__wrapped__()
+        return
+    wheel, content = own_wheel.__wrapped__()
+    with zipfile.ZipFile(BytesIO(content)) as archive:
+        info = archive.read(f"{wheel.removesuffix('-py3-none-any.whl')}.dist-info/METADATA")
+    assert b"\nName: bmoe\n" in info
