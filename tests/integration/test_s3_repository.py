@@ -20,6 +20,7 @@ from release_site import Site, golden_of, linear, parts_of
 from bmoe.protocol.errors import UnavailableError, UnknownError
 from bmoe.storage.blobs import UrlStore, open_store, read_whole
 from bmoe.storage.repository import Repository
+from bmoe.storage.repository_keys import KeyFolder
 from bmoe.storage.targets import METADATA_BYTES, blob_path, metadata_path
 from bmoe.storage.updater import Installed
 
@@ -83,7 +84,7 @@ def store(server: tuple[str, subprocess.Popen[bytes]], monkeypatch: pytest.Monke
 
 def test_a_repository_on_s3_is_published_to_and_updated_from(store: UrlStore, tmp_path: Path) -> None:
     site = Site(tmp_path)
-    site.repository = Repository(store, site.repository.keys)
+    site.repository = Repository(store, KeyFolder(tmp_path / "keys-of-s3"))
     assert site.repository.found()
     site.root = read_whole(store, metadata_path("1.root"), METADATA_BYTES)
     site.release(site.model(1))

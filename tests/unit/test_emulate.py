@@ -103,20 +103,26 @@ def test_whoever_interrupts_does_not_wait_for_the_board(tmp_path: Path) -> None:
     slow.chmod(0o755)
     file = packaged("models", "wearable") / "gate.onnx"
     call = (
-        "from pathlib import Path; from coordinator.emulate.compute import compute\n"
+        "import signal; from pathlib import Path; from coordinator.emulate.compute import compute\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored by who was started in the background
         f"compute({str(slow)!r}, [(Path({str(file)!r}), {{}})])"
     )
-    with subprocess.Popen([sys.executable, "-c", call], stderr=subprocess.PIPE, text=True) as child:
+    said = tmp_path / "said"  # no pipe: the board's process holds it open, too
+    with (
+        said.open("wb") as file_of_words,
+        subprocess.Popen([sys.executable, "-c", call], stderr=file_of_words) as child,
+    ):
         deadline = time.monotonic() + 20
         while not began.exists():
             assert time.monotonic() < deadline and child.poll() is None
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)
         try:
-            assert "KeyboardInterrupt" in child.communicate(timeout=10)[1]
+            child.wait(timeout=10)
         finally:
             child.kill()
             os.kill(int(began.read_text()), signal.SIGKILL)
+    assert "KeyboardInterrupt" in said.read_text()
 
 
 def test_a_file_that_is_not_the_manifests_is_not_measured(tmp_path: Path) -> None:
