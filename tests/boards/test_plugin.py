@@ -99,7 +99,9 @@ def test_a_project_of_its_own_tests_its_expert_on_a_board(project: Path) -> None
     (project / "plain.ini").write_text("[pytest]\n")
     (project / "pytest.ini").write_text(THEIR_SETTINGS)
     with ThreadPoolExecutor() as pool:
-        plain = pool.submit(run, f"{test} -c plain.ini -p no:cacheprovider -p no:asyncio -p no:xdist -k no_x86", project)
+        plain = pool.submit(
+            run, f"{test} -c plain.ini -p no:cacheprovider -p no:asyncio -p no:xdist -k no_x86", project
+        )
         assert "4 passed" in run(test, project)
         assert "1 passed" in plain.result()
 
