@@ -36,4 +36,6 @@ def test_a_process_is_made_nice_by_who_started_it_and_our_own_session_is_left_al
 def test_a_process_that_has_gone_is_no_fault() -> None:
     gone = subprocess.Popen(["true"])
     gone.wait()
+    before = os.getpriority(os.PRIO_PROCESS, 0)
     make_nice(gone.pid, 10)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
